@@ -1,0 +1,40 @@
+# Every target makes what it needs: the virtual environment is built once and rebuilt when the pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TESTS ?= tests
+
+.PHONY: demo test lint format clean help
+
+help:
+	@echo "make demo    run the whole pipeline on scikit-learn's digits; the report lands in runs/demo"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, mypy --strict, import-linter"
+	@echo "make clean   remove the virtual environment and caches (runs/ is kept)"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "trt-int8 needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/trt-int8 demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
