@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
-Every file of the project is written under a temporary name in its own folder and renamed, so that a crash, a full disk or
-Ctrl-C never leaves half a file under a name that somebody will read.
+Every file of the project is written under a temporary name in its own folder and renamed, so that a crash, a full disk
+or Ctrl-C never leaves half a file under a name that somebody will read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from calibrators.errors import FileAccessError
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, delete it otherwise.
 
-    The folder is created where it is missing. The temporary name ends with the same suffix, since some writers look at it.
+    The folder is created where it is missing. The temporary name ends with the same suffix, since some writers look at
+    it.
 
     Raises:
         FileAccessError: the folder cannot be written to, or the disk is full.

@@ -66,8 +66,8 @@ def execution_of(metadata: Mapping[str, str]) -> Execution:
     """Choose how a model file is run when the user does not say.
 
     A placement for TensorRT runs exactly as written: Q/DQ as fake quantization, which is what TensorRT computes up to
-    rounding, while ONNX Runtime's own fusions would add quantization points that TensorRT does not have. Everything else
-    runs the way ONNX Runtime runs it by default.
+    rounding, while ONNX Runtime's own fusions would add quantization points that TensorRT does not have. Everything
+    else runs the way ONNX Runtime runs it by default.
     """
     return "exact" if metadata.get(TARGET_KEY) == "tensorrt" else "native"
 

@@ -1,0 +1,127 @@
+"""Activations of a model, batch by batch, from ONNX Runtime. Implements `calibrators.protocols.ActivationSource`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx
+
+from calibrators.errors import CalibrationError
+from calibrators.protocols import Activations, Array
+from engines.errors import InferenceError
+from engines.graph import PreparedModel, float_activations
+from engines.onnxrt import check_feeds, make_session, tensor_specs
+from engines.placement_cpu import place_for_cpu
+from engines.placement_tensorrt import place_for_tensorrt
+
+
+class FeedBatch(Protocol):
+    """One batch of calibration data."""
+
+    @property
+    def feeds(self) -> Mapping[str, Array]:
+        """Input name to array."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Number of real samples; rows beyond it are padding."""
+        ...
+
+
+def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
+    """Name the tensors whose statistics are collected, in graph order.
+
+    "quantized": those that a placement for either target takes a scale from, and the graph's float outputs, which cost
+    nothing and bound the FP16 range. "all": every FP32 activation, for TensorRT's implicit path, which wants them all.
+
+    Raises:
+        CalibrationError: nothing in the graph can be quantized.
+    """
+    model = prepared.ir()
+    every = float_activations(model)
+    if which == "all":
+        return every
+    wanted = {*place_for_tensorrt(model).tensors, *place_for_cpu(model).tensors}
+    if not wanted:
+        raise CalibrationError(
+            f"{str(prepared.path)!r} holds no Conv, ConvTranspose, Gemm or MatMul with constant weights: there is "
+            "nothing to quantize. Use --tensors all to calibrate its activations all the same."
+        )
+    wanted |= {value.name for value in model.graph.outputs if value.name is not None}
+    return [name for name in every if name in wanted]
+
+
+class OnnxRuntimeActivations:
+    """Runs the FP32 model once over a stream and hands out the named activations.
+
+    The tensors become extra outputs of the graph; ONNX Runtime's graph optimization stays on, which is 1.6 to 3 times
+    faster than calibrating without it, and changes no value beyond float rounding.
+
+    Args:
+        prepared: the model.
+        tensors: names from `tensors_to_calibrate`.
+        batches: the stream; consumed once.
+        threads: threads inside an operator; None takes ONNX Runtime's default.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        tensors: Sequence[str],
+        batches: Iterable[FeedBatch],
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self.tensors = list(tensors)
+        self._path = prepared.path
+        self._batches = batches
+        self._inputs, _ = tensor_specs(prepared.proto)
+        self._input_names = {spec.name for spec in self._inputs}
+        self._producers = {output: node.name for node in prepared.proto.graph.node for output in node.output}
+        exposed = onnx.ModelProto()
+        exposed.CopyFrom(prepared.proto)
+        present = {value.name for value in exposed.graph.output}
+        self._fetched = [name for name in self.tensors if name not in self._input_names]
+        exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._fetched if name not in present)
+        self._session = make_session(exposed.SerializeToString(), execution="native", threads=threads)
+
+    def activations(self) -> Iterator[Activations]:
+        """Run the model over the stream.
+
+        Raises:
+            InferenceError: a batch does not fit the model, or ONNX Runtime failed on it; the batch is named.
+        """
+        for index, batch in enumerate(self._batches):
+            check_feeds(f"batch {index}", self._inputs, batch.feeds)
+            try:
+                values = self._session.run(self._fetched, dict(batch.feeds)) if self._fetched else []
+            except Exception as error:  # ONNX Runtime raises its own classes, which share no base
+                line = " ".join(str(error).split())[:300]
+                raise InferenceError(f"Calibration of {self._path.name} failed in batch {index}: {line}") from error
+            found = dict(zip(self._fetched, values, strict=True))
+            found |= {name: np.asarray(batch.feeds[name]) for name in self.tensors if name in self._input_names}
+            rows = _rows(batch.feeds)
+            if rows is not None and batch.samples < rows:
+                found = {name: _real_rows(name, value, batch.samples, rows) for name, value in found.items()}
+            yield Activations(index, batch.samples, {name: found[name] for name in self.tensors})
+
+    def producer(self, tensor: str) -> str:
+        """Name the node that produces `tensor`."""
+        return "model input" if tensor in self._input_names else f"node {self._producers.get(tensor, '?')!r}"
+
+
+def _rows(feeds: Mapping[str, Array]) -> int | None:
+    return next((value.shape[0] for value in feeds.values() if value.ndim), None)
+
+
+def _real_rows(name: str, value: Array, samples: int, rows: int) -> Array:
+    """Cut the padding of a fixed-size batch away; an axis of batch * n (a reshape that merged axes) keeps its order."""
+    if value.ndim == 0 or value.shape[0] % rows:
+        raise CalibrationError(
+            f"Cannot keep the padding of the last batch out of {name!r}: its shape {value.shape} does not start with "
+            f"the batch of {rows}. Give a number of samples that is a multiple of {rows}."
+        )
+    return value[: value.shape[0] // rows * samples]

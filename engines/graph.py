@@ -1,0 +1,265 @@
+"""Preparation of a graph: one deterministic function that every stage applies to the same file.
+
+`calibrate`, `quantize` and the FP16 conversion all work on the graph that `prepare` returns, so that the tensor names
+of a calibration always fit. Tensor names of the file are kept; only tensors that folding makes superfluous disappear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.shape_inference
+import onnx.version_converter
+import onnx_ir as ir
+import onnxslim
+
+from calibrators.errors import FileAccessError
+from calibrators.files import atomic_path
+from engines.errors import ModelError, UnsupportedModelError
+from engines.onnxrt import load_header
+
+MINIMUM_OPSET = 19
+"""First opset in which the scale of Q/DQ may be FP16, which INT8 beside FP16 needs under strong typing."""
+
+RAISED_OPSET = 20
+"""The opset that older graphs are raised to."""
+
+PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
+"""Protobuf's limit for one message, less a margin for everything beside the weights."""
+
+FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A graph that is ready to be calibrated and quantized.
+
+    Attributes:
+        path: the file it came from.
+        proto: the prepared model; treat it as read-only, `ir()` gives a copy to edit.
+        graph_hash: hash of the structure: nodes, attributes, inputs, outputs.
+        weights_hash: hash of the initializers' names, types, shapes and values.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    graph_hash: str
+    weights_hash: str
+
+    def ir(self) -> ir.Model:
+        """Return a copy of the model in onnx-ir's form; editing it leaves this object alone."""
+        return ir.from_proto(self.proto)
+
+
+def prepare(path: str | os.PathLike[str]) -> PreparedModel:
+    """Load a model, raise it to opset 19 or above, fold and simplify it, and name every node.
+
+    BatchNorm after a convolution is folded into it, constants are folded, model-local functions are inlined,
+    documentation strings and per-node metadata (exporters write source paths there) are dropped. Tensor names stay.
+    The same file always gives the same graph.
+
+    Raises:
+        FileAccessError: missing or unreadable file, or external data that is missing.
+        ModelError: not an ONNX model, or one that the checker refuses.
+        UnsupportedModelError: an operator that cannot be raised to a newer opset.
+    """
+    file = Path(path)
+    load_header(file)
+    try:
+        model = onnx.load(file)
+    except FileNotFoundError as error:
+        raise FileAccessError(f"Cannot read the model {str(file)!r}: its external data is missing: {error}.") from error
+    except Exception as error:  # onnx raises ValidationError and protobuf's own types for broken external data
+        raise ModelError(f"Cannot read the model {str(file)!r}: {error}.") from error
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    model = _raised(model, file)
+    _drop_initializers_from_inputs(model)
+    model = _simplified(model, file)
+    _drop_notes(model)
+    _name_nodes(model)
+    return PreparedModel(file, model, graph_hash=_graph_hash(model), weights_hash=_weights_hash(model))
+
+
+def save_model(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write a model atomically; weights go to `NAME.onnx.data` beside it where one file could not hold them.
+
+    Raises:
+        FileAccessError: the folder cannot be written to, or the disk is full.
+    """
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    target = Path(path)
+    if proto.ByteSize() < PROTOBUF_LIMIT_BYTES:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        return
+    data = target.with_name(target.name + ".data")
+    with atomic_path(data) as weights, atomic_path(target) as temporary:
+        weights.unlink()
+        onnx.save_model(
+            proto, temporary, save_as_external_data=True, all_tensors_to_one_file=True, location=weights.name
+        )
+        _point_to(temporary, weights.name, data.name)
+
+
+def constant_array(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the constant behind a value: an initializer, or the output of a Constant node; None for activations."""
+    if value is None:
+        return None
+    if value.const_value is not None and not value.is_graph_input():
+        return value.const_value
+    return ir.convenience.get_const_tensor(value)
+
+
+def is_activation(value: ir.Value | None) -> bool:
+    """Tell whether a value is computed (or fed) at run time and holds floats."""
+    return value is not None and constant_array(value) is None and value.dtype in FLOAT_TYPES
+
+
+def name_of(value: ir.Value) -> str:
+    """Return a value's name; every value of a prepared graph has one."""
+    if value.name is None:
+        raise AssertionError("a prepared graph holds an unnamed value")
+    return value.name
+
+
+def float_activations(model: ir.Model) -> list[str]:
+    """Return the names of all FP32 activations of the main graph, inputs first, then in the order of the nodes."""
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    return [name_of(value) for value in values if value.name and is_activation(value)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of graph tools (print, warnings) away from the user's terminal."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _raised(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset is None:
+        domains = ", ".join(entry.domain for entry in model.opset_import)
+        raise UnsupportedModelError(
+            f"{str(file)!r} uses no standard ONNX operators (domains: {domains}); there is nothing to quantize in it."
+        )
+    if opset >= MINIMUM_OPSET:
+        return model
+    if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
+        raise UnsupportedModelError(
+            f"{str(file)!r} has opset {opset} and is larger than 2 GB, which ONNX's version converter cannot hold; "
+            f"opset {MINIMUM_OPSET} or above is needed. Export it again with opset {RAISED_OPSET}."
+        )
+    _drop_initializers_from_inputs(model)
+    try:
+        with quiet():
+            raised = onnx.version_converter.convert_version(model, RAISED_OPSET)
+    except Exception as error:  # the converter raises RuntimeError and its own ConvertError
+        operator = _operator_in(str(error), model)
+        raise UnsupportedModelError(
+            f"{str(file)!r} has opset {opset} and cannot be raised to {RAISED_OPSET}: {operator}. "
+            f"Export it again with opset {RAISED_OPSET}."
+        ) from error
+    raised.ir_version = max(model.ir_version, 10)
+    return raised
+
+
+def _operator_in(message: str, model: onnx.ModelProto) -> str:
+    """Name the operator that the version converter stumbled over; its messages quote it in several forms."""
+    line = " ".join(message.split())
+    operators = {node.op_type for node in model.graph.node}
+    for word in re.findall(r"\w+", line):
+        if word in operators:
+            return f"the operator {word} cannot be converted ({line[:200]})"
+    return line[:200]
+
+
+def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    try:
+        with quiet():
+            slim = onnxslim.slim(model)
+            inferred = onnx.shape_inference.infer_shapes(slim, data_prop=True)
+    except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
+        line = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{str(file)!r} cannot be simplified: {line}. Check it with `python -m onnx.checker`, or export it again."
+        ) from error
+    return inferred
+
+
+def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
+    """Before IR version 4 every initializer had to be an input too; as inputs they would not be constants."""
+    constants = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = max(model.ir_version, 4)
+
+
+def _drop_notes(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    graph.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    model.ClearField("doc_string")
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Give unnamed nodes and doubles a unique name, made from the first output: unique, and known to the user."""
+    taken: set[str] = set()
+    for node in model.graph.node:
+        if not node.name or node.name in taken:
+            first = next((output for output in node.output if output), "")
+            name = candidate = f"{node.op_type}:{first}"
+            number = 1
+            while candidate in taken:
+                number += 1
+                candidate = f"{name}:{number}"
+            node.name = candidate
+        taken.add(node.name)
+
+
+def _graph_hash(model: onnx.ModelProto) -> str:
+    digest = hashlib.sha256()
+    for node in model.graph.node:
+        digest.update(node.SerializeToString(deterministic=True))
+    for value in [*model.graph.input, *model.graph.output]:
+        digest.update(value.SerializeToString(deterministic=True))
+    for opset in sorted(model.opset_import, key=lambda entry: entry.domain):
+        digest.update(opset.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def _weights_hash(model: onnx.ModelProto) -> str:
+    digest = hashlib.sha256()
+    for initializer in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+        digest.update(initializer.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def _point_to(path: Path, old: str, new: str) -> None:
+    """Rename the external data file that a saved model refers to."""
+    model = onnx.load(path, load_external_data=False)
+    for initializer in model.graph.initializer:
+        for entry in initializer.external_data:
+            if entry.key == "location" and entry.value == old:
+                entry.value = new
+    path.write_bytes(model.SerializeToString(deterministic=True))

@@ -1,0 +1,215 @@
+"""Carry out a placement: write Q/DQ nodes, INT8 weights and INT32 biases into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from calibrators.numerics import quantize_weights
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from calibrators.errors import CalibrationError
+from calibrators.protocols import Array
+from engines.graph import PreparedModel, constant_array, name_of
+from engines.onnxrt import PRECISION_KEY, TARGET_KEY
+from engines.placement import ActivationPoint, Placement, WeightPoint
+
+INT32_LIMIT = 2**31 - 1
+FULL_WEIGHT_RANGE = 127
+REDUCED_WEIGHT_RANGE = 63
+"""Largest weight code where pairs of unsigned x signed products are added in 16 bits (x86 without VNNI and AMX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """A graph with Q/DQ nodes.
+
+    Attributes:
+        model: the graph; `engines.graph.save_model` writes it.
+        placement: what was done where, and why.
+        scales: scale of every Q/DQ pair, by the tensor that it quantizes.
+        weight_range: largest weight code: 127, or 63 for processors whose products saturate.
+    """
+
+    model: ir.Model
+    placement: Placement
+    scales: Mapping[str, float]
+    weight_range: int
+
+
+def insert_qdq(
+    prepared: PreparedModel,
+    placement: Placement,
+    scales: Mapping[str, float],
+    *,
+    reduce_range: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> QuantizedModel:
+    """Write a placement into a copy of the graph.
+
+    Activations: x -> QuantizeLinear(scale, zero point) -> DequantizeLinear -> the readers. Weights: an INT8
+    initializer and one DequantizeLinear with explicit axis and zero point, so that the file shrinks with them. Biases
+    stay float, except those that the placement gives to the CPU's integer kernels as INT32 with scale s_x * s_w.
+
+    Args:
+        prepared: the graph that the placement was made for.
+        placement: which tensors.
+        scales: scale (amax / 127) by tensor name; every name in `placement.tensors` is needed.
+        reduce_range: write weights with codes in [-63, 63].
+        metadata: further entries for the model's metadata.
+
+    Raises:
+        CalibrationError: a scale is missing, zero or not finite.
+    """
+    _check_scales(placement, scales)
+    model = prepared.ir()
+    nodes = {node.name: node for node in model.graph}
+    weight_range = REDUCED_WEIGHT_RANGE if reduce_range else FULL_WEIGHT_RANGE
+    writer = _Writer(model.graph, weight_range)
+    for weight in placement.weights:
+        node = nodes[weight.node]
+        activation_scale = None if weight.bias_scale_of is None else _bias_scale(placement, weight, scales)
+        writer.weight(node, weight, activation_scale)
+    values = {name_of(value): value for value in _values(model.graph)}
+    pair_scales: dict[str, float] = {}
+    for point in placement.activations:
+        scale = point_scale(point, scales)
+        pair_scales[point.tensor] = scale
+        writer.activation(values[point.tensor], point, scale, nodes)
+    RemoveUnusedNodesPass()(model)
+    model.metadata_props.update({TARGET_KEY: placement.target, PRECISION_KEY: "int8", **(metadata or {})})
+    return QuantizedModel(model, placement, pair_scales, weight_range)
+
+
+def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
+    """Return the scale of a pair: amax / divisor, from the calibrated amax / 127, in float32's grid."""
+    return float(np.float32(scales[point.scale_of] * 127 / point.divisor))
+
+
+class _Writer:
+    """Writes into one graph, and shares what several nodes read."""
+
+    def __init__(self, graph: ir.Graph, weight_range: int) -> None:
+        self._graph = graph
+        self._weight_range = weight_range
+        self._weights: dict[tuple[str, int | None, str | None], ir.Value] = {}
+
+    def activation(
+        self, value: ir.Value, point: ActivationPoint, scale: float, nodes: Mapping[str | None, ir.Node]
+    ) -> None:
+        """Put a pair on an activation."""
+        dtype = np.uint8 if point.unsigned else np.int8
+        name = point.tensor
+        if point.uses is None:
+            edges = [(use.node, use.idx) for use in value.uses()]
+        else:
+            edges = [(nodes[node], index) for node, index in point.uses]
+        is_output = point.uses is None and value.is_graph_output()
+        if is_output:
+            value.name = f"{name}_unquantized"
+        scale_value = self._constant(f"{name}_scale", np.asarray(scale, np.float32))
+        zero_point = self._constant(f"{name}_zero_point", np.asarray(point.zero_point, dtype))
+        quantize = ir.node("QuantizeLinear", [value, scale_value, zero_point], name=f"{name}_QuantizeLinear")
+        code = quantize.outputs[0]
+        code.name, code.shape, code.dtype = f"{name}_quantized", value.shape, ir.DataType.from_numpy(np.dtype(dtype))
+        dequantize = ir.node("DequantizeLinear", [code, scale_value, zero_point], name=f"{name}_DequantizeLinear")
+        real = dequantize.outputs[0]
+        real.name, real.shape, real.dtype = name if is_output else f"{name}_dequantized", value.shape, ir.DataType.FLOAT
+        producer = value.producer()
+        if producer is None:
+            first = self._graph[0]
+            self._graph.insert_before(first, [quantize, dequantize])
+        else:
+            self._graph.insert_after(producer, [quantize, dequantize])
+        for node, index in edges:
+            node.replace_input_with(index, real)
+        if is_output:
+            outputs = self._graph.outputs
+            outputs[:] = [real if output is value else output for output in outputs]
+
+    def weight(self, node: ir.Node, point: WeightPoint, activation_scale: float | None) -> None:
+        """Store a weight (and, where `activation_scale` is given, the bias) as integers."""
+        value = node.inputs[point.index]
+        if value is None:
+            raise AssertionError(f"{node.name} has no weight")
+        bias = node.inputs[2] if activation_scale is not None else None
+        bias_constant = constant_array(bias)
+        key = (name_of(value), point.axis, node.name if bias_constant is not None else None)
+        if key in self._weights:
+            node.replace_input_with(point.index, self._weights[key])
+            return
+        constant = constant_array(value)
+        if constant is None:
+            raise AssertionError(f"the weight of {node.name} is no constant")
+        array = constant.numpy()
+        minimum_scale: Array | None = None
+        if bias_constant is not None and activation_scale is not None:
+            # A bias code must fit INT32: bias / (s_x * s_w) <= 2^31 - 1 bounds the weight's scale from below.
+            minimum_scale = np.abs(bias_constant.numpy().astype(np.float64)) / (activation_scale * INT32_LIMIT)
+        codes, scale = quantize_weights(array, point.axis, limit=self._weight_range, minimum_scale=minimum_scale)
+        stem = name_of(value) if key not in self._weights and not self._taken(name_of(value)) else f"{node.name}_weight"
+        real = self._dequantized(node, stem, codes, scale, point.axis)
+        self._weights[key] = real
+        node.replace_input_with(point.index, real)
+        if bias is not None and bias_constant is not None and activation_scale is not None:
+            bias_scale = np.float64(activation_scale) * scale.astype(np.float64)
+            bias_array = bias_constant.numpy().astype(np.float64)
+            bias_codes = np.clip(np.rint(bias_array / bias_scale), -INT32_LIMIT, INT32_LIMIT).astype(np.int32)
+            axis = 0 if scale.ndim else None
+            dequantized = self._dequantized(node, f"{node.name}_bias", bias_codes, bias_scale.astype(np.float32), axis)
+            node.replace_input_with(2, dequantized)
+
+    def _dequantized(self, reader: ir.Node, stem: str, codes: Array, scale: Array, axis: int | None) -> ir.Value:
+        """Write codes, scale, zero point and a DequantizeLinear before `reader`; return the real value."""
+        quantized = self._constant(f"{stem}_quantized", codes)
+        scale_value = self._constant(f"{stem}_scale", scale)
+        zero_point = self._constant(f"{stem}_zero_point", np.zeros(scale.shape, codes.dtype))
+        node = ir.node(
+            "DequantizeLinear",
+            [quantized, scale_value, zero_point],
+            attributes={"axis": axis} if axis is not None else {},
+            name=f"{stem}_DequantizeLinear",
+        )
+        real = node.outputs[0]
+        real.name, real.shape, real.dtype = f"{stem}_dequantized", ir.Shape(codes.shape), ir.DataType.FLOAT
+        self._graph.insert_before(reader, node)
+        return real
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        self._graph.register_initializer(value)
+        return value
+
+    def _taken(self, stem: str) -> bool:
+        return f"{stem}_quantized" in self._graph.initializers
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(output for node in graph for output in node.outputs if output.name)]
+
+
+def _bias_scale(placement: Placement, weight: WeightPoint, scales: Mapping[str, float]) -> float:
+    """Return the scale of the pair that the node's data input reads: divisor and all."""
+    for point in placement.activations:
+        if point.scale_of == weight.bias_scale_of:
+            return point_scale(point, scales)
+    raise AssertionError(f"no pair takes its scale from {weight.bias_scale_of}")
+
+
+def _check_scales(placement: Placement, scales: Mapping[str, float]) -> None:
+    missing = [name for name in placement.tensors if name not in scales]
+    if missing:
+        shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CalibrationError(
+            f"Cannot quantize: the calibration has no scale for {len(missing)} of {len(placement.tensors)} tensors "
+            f"({shown}). Calibrate this model again with `trt-int8 calibrate`."
+        )
+    for name in placement.tensors:
+        if not np.isfinite(scales[name]) or scales[name] <= 0:
+            raise CalibrationError(
+                f"Cannot quantize: the scale of {name!r} is {scales[name]!r}; a positive, finite number is needed. "
+                "Calibrate again, or exclude the nodes that read it with --exclude."
+            )

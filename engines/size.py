@@ -1,0 +1,71 @@
+"""How large a model is, and what its weights are stored as."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from engines.onnxrt import load_header
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Size of one model.
+
+    Attributes:
+        name: file name.
+        file_bytes: size of the file and of its external data.
+        weight_bytes: bytes of initializers by data type, largest first.
+        ratio: how many times smaller the file is than the reference; 1 for the reference itself.
+    """
+
+    name: str
+    file_bytes: int
+    weight_bytes: dict[str, int]
+    ratio: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+
+def measure_sizes(models: list[str | os.PathLike[str]]) -> tuple[ModelSize, ...]:
+    """Measure ONNX files; the first one is the reference of the ratios.
+
+    Raises:
+        FileAccessError: a file is missing.
+        ModelError: a file is not an ONNX model.
+    """
+    measured: list[ModelSize] = []
+    for model in models:
+        path = Path(model)
+        header = load_header(path)
+        total = path.stat().st_size + sum((path.parent / name).stat().st_size for name in external_files(header))
+        reference = measured[0].file_bytes if measured else total
+        measured.append(ModelSize(path.name, total, _weight_bytes(header), reference / total))
+    return tuple(measured)
+
+
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """Name the external data files that a model refers to, each once, relative to the model's folder."""
+    names = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return sorted(names)
+
+
+def _weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        dtype = ir.DataType(tensor.data_type)
+        count = 1
+        for length in tensor.dims:
+            count *= length
+        sizes[dtype.name] += int(count * dtype.itemsize)
+    return dict(sizes.most_common())
