@@ -1,0 +1,234 @@
+"""The result of a calibration pass: histograms, and what they were made from. Every method takes its scales from it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+from calibrators.entropy import entropy_amax
+from calibrators.errors import CacheFormatError, CalibrationError
+from calibrators.histogram import MagnitudeHistogram
+from calibrators.histogram_file import load_histograms, save_histograms
+from calibrators.mse import mse_amax
+from calibrators.numerics import scale_from_amax
+from calibrators.percentile import check_percentile, percentile_amax
+
+METHODS = ("minmax", "entropy", "percentile", "mse", "auto")
+DEFAULT_METHOD = "entropy"
+DEFAULT_PERCENTILE = 99.99
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a calibration was made from, so that it is never used for another model or taken for another data set.
+
+    Attributes:
+        graph: hash of the model's structure.
+        weights: hash of its weights.
+        data: hash or identity of the calibration data, one per merged part.
+        preprocessing: the preprocessing of the data, as text.
+        tool: version of trt-int8 that made it.
+        batches: number of batches.
+        samples: number of samples.
+    """
+
+    graph: str
+    weights: str
+    data: tuple[str, ...]
+    preprocessing: str
+    tool: str
+    batches: int
+    samples: int
+
+    def merge(self, other: Self) -> Fingerprint:
+        """Return the fingerprint of both parts together.
+
+        Raises:
+            CalibrationError: they come from different models or preprocessings; says which differ.
+        """
+        differing = [
+            name for name in ("graph", "weights", "preprocessing") if getattr(self, name) != getattr(other, name)
+        ]
+        if differing:
+            found = "; ".join(f"{name} {getattr(self, name)!r} and {getattr(other, name)!r}" for name in differing)
+            raise CalibrationError(
+                f"Cannot merge the calibrations: they differ in {found}; expected the same model and preprocessing. "
+                "Calibrate the same model file again on the other data."
+            )
+        return Fingerprint(
+            graph=self.graph,
+            weights=self.weights,
+            data=self.data + other.data,
+            preprocessing=self.preprocessing,
+            tool=", ".join(dict.fromkeys((*self.tool.split(", "), *other.tool.split(", ")))),
+            batches=self.batches + other.batches,
+            samples=self.samples + other.samples,
+        )
+
+
+class Calibration:
+    """Histograms of a model's activations over a calibration set; immutable.
+
+    One pass over the data serves every method:
+
+        calibration.scales("entropy")
+        calibration.scales("percentile", percentile=99.999)
+    """
+
+    __slots__ = ("_fingerprint", "_histograms", "_thresholds")
+
+    def __init__(self, histograms: Mapping[str, MagnitudeHistogram], fingerprint: Fingerprint) -> None:
+        """Take the histograms of all tensors, in graph order.
+
+        Raises:
+            CalibrationError: a histogram holds NaN or infinity.
+        """
+        for name, histogram in histograms.items():
+            if histogram.nonfinite:
+                raise CalibrationError(
+                    f"Cannot calibrate tensor {name!r}: {histogram.nonfinite} of its values are NaN or infinite; "
+                    "expected finite activations."
+                )
+        self._histograms = MappingProxyType(dict(histograms))
+        self._fingerprint = fingerprint
+        self._thresholds: dict[tuple[str, float], dict[str, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self._histograms)} tensors, {self._fingerprint.samples} samples)"
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The model and the data that it was made from."""
+        return self._fingerprint
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors, in graph order."""
+        return tuple(self._histograms)
+
+    @property
+    def always_zero(self) -> tuple[str, ...]:
+        """Names of the tensors that were 0 in every sample; their amax is 0 and their scale 1."""
+        return tuple(name for name, histogram in self._histograms.items() if histogram.amax == 0)
+
+    def histogram(self, tensor: str) -> MagnitudeHistogram:
+        """Return the histogram of one tensor.
+
+        Raises:
+            CalibrationError: the calibration has no such tensor.
+        """
+        try:
+            return self._histograms[tensor]
+        except KeyError:
+            near = difflib.get_close_matches(tensor, self._histograms, n=3)
+            hint = f"; near names: {', '.join(map(repr, near))}" if near else ""
+            raise CalibrationError(
+                f"The calibration does not hold tensor {tensor!r}: it holds {len(self._histograms)} others{hint}. "
+                "Calibrate again with --tensors all, or check that it belongs to this model."
+            ) from None
+
+    def range(self, tensor: str) -> tuple[float, float]:
+        """Return the smallest and the largest value of a tensor, signed and exact."""
+        histogram = self.histogram(tensor)
+        return histogram.minimum, histogram.maximum
+
+    def amax(self, method: str = DEFAULT_METHOD, percentile: float = DEFAULT_PERCENTILE) -> dict[str, float]:
+        """Return the threshold of every tensor: the magnitude that becomes code 127, larger ones saturate.
+
+        Thresholds are computed once per method and kept.
+
+        Args:
+            method: "minmax" (the exact maximum), "entropy" (least information loss), "percentile" (of the magnitudes), "mse" (least
+                expected squared error), or "auto". Choosing the best method by the model's outputs takes data; a calibration on its own
+                answers "auto" as "mse".
+            percentile: for method "percentile": 0 < percentile <= 100.
+
+        Returns:
+            Tensor name to threshold in the tensor's unit; 0.0 for a tensor that is always zero.
+
+        Raises:
+            CalibrationError: there is no such method, or the percentile is out of range.
+        """
+        search, key = _search(method, percentile)
+        if key not in self._thresholds:
+            self._thresholds[key] = {name: search(histogram) for name, histogram in self._histograms.items()}
+        return dict(self._thresholds[key])
+
+    def scales(self, method: str = DEFAULT_METHOD, percentile: float = DEFAULT_PERCENTILE) -> dict[str, float]:
+        """Return the scale of every tensor, amax / 127 rounded to float32; 1.0 for a tensor that is always zero.
+
+        Arguments and errors are those of `amax`.
+        """
+        return {name: scale_from_amax(amax) for name, amax in self.amax(method, percentile).items()}
+
+    def merge(self, other: Self) -> Calibration:
+        """Return the calibration on both data sets together, exactly as if one pass had seen them all.
+
+        Raises:
+            CalibrationError: the two are not of the same model, preprocessing and tensors.
+        """
+        fingerprint = self._fingerprint.merge(other._fingerprint)
+        unshared = sorted(self._histograms.keys() ^ other._histograms.keys())
+        if unshared:
+            raise CalibrationError(
+                f"Cannot merge the calibrations: {len(unshared)} tensors are in only one of them, the first is {unshared[0]!r}; "
+                "expected the same tensors. Calibrate both with the same --tensors."
+            )
+        histograms = {name: histogram.merge(other._histograms[name]) for name, histogram in self._histograms.items()}
+        return Calibration(histograms, fingerprint)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the calibration to a `.npz` file, atomically; equal calibrations give equal bytes.
+
+        Raises:
+            FileAccessError: the file cannot be written.
+        """
+        save_histograms(path, self._histograms, {"fingerprint": asdict(self._fingerprint)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a calibration that `save` wrote.
+
+        Raises:
+            FileAccessError: there is no such file, or it cannot be read.
+            CacheFormatError: it is damaged, is not a calibration, or was written by a newer version.
+        """
+        histograms, description = load_histograms(path)
+        try:
+            return cls(histograms, _fingerprint_from_json(description["fingerprint"]))
+        except (KeyError, TypeError, ValueError, CalibrationError) as error:
+            raise CacheFormatError(
+                f"Cannot read calibration {os.fspath(path)!r}: its description is damaged ({error!r}); "
+                "expected a file that trt-int8 calibrate wrote. Calibrate again."
+            ) from error
+
+
+def _search(method: str, percentile: float) -> tuple[Callable[[MagnitudeHistogram], float], tuple[str, float]]:
+    """Return the function that finds a tensor's threshold, and the key under which its results are kept."""
+    match method:
+        case "minmax":
+            return lambda histogram: histogram.amax, (method, 0.0)
+        case "entropy":
+            return entropy_amax, (method, 0.0)
+        case "mse" | "auto":
+            return mse_amax, ("mse", 0.0)
+        case "percentile":
+            check_percentile(percentile)
+            return lambda histogram: percentile_amax(histogram, percentile), (method, float(percentile))
+    raise CalibrationError(f"There is no calibration method {method!r}; expected one of {', '.join(METHODS)}.")
+
+
+def _fingerprint_from_json(values: Mapping[str, Any]) -> Fingerprint:
+    return Fingerprint(
+        graph=str(values["graph"]),
+        weights=str(values["weights"]),
+        data=tuple(str(part) for part in values["data"]),
+        preprocessing=str(values["preprocessing"]),
+        tool=str(values["tool"]),
+        batches=int(values["batches"]),
+        samples=int(values["samples"]),
+    )

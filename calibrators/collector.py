@@ -1,0 +1,83 @@
+"""One pass over the calibration data: every activation of every batch is counted once, and none is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrators.counter import MagnitudeCounter
+from calibrators.errors import CalibrationError, EmptyCalibrationSetError, NonFiniteActivationError
+from calibrators.histogram import MagnitudeHistogram
+from calibrators.protocols import ActivationSource, Track, untracked
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationStatistics:
+    """What one pass over the calibration data found.
+
+    Attributes:
+        histograms: tensor name to histogram, in the order of the source.
+        batches: number of batches seen.
+        samples: number of samples in them.
+    """
+
+    histograms: Mapping[str, MagnitudeHistogram]
+    batches: int
+    samples: int
+
+
+def collect(source: ActivationSource, track: Track = untracked, total: int | None = None) -> ActivationStatistics:
+    """Run `source` once and count the magnitudes of all its tensors.
+
+    Memory does not grow with the number of batches. The counting loop releases the GIL, so that several sources may be
+    collected in threads; the histograms of one tensor then merge exactly.
+
+    Args:
+        source: runs the model over the data.
+        track: shows the progress.
+        total: number of batches, where it is known.
+
+    Raises:
+        EmptyCalibrationSetError: the source held no sample.
+        NonFiniteActivationError: an activation holds NaN or infinity; names the tensor, the batch and the node.
+        CalibrationError: a tensor is not of a floating dtype.
+    """
+    counters = {tensor: MagnitudeCounter() for tensor in source.tensors}
+    batches = 0
+    samples = 0
+    for activations in track(source.activations(), "calibrate", total):
+        for tensor, counter in counters.items():
+            values = activations.values[tensor]
+            if not np.issubdtype(values.dtype, np.floating):
+                raise CalibrationError(
+                    f"Cannot calibrate tensor {tensor!r} of {source.producer(tensor)}: it has dtype {values.dtype}; "
+                    "expected a floating dtype. Leave integer tensors out of the tensors to calibrate."
+                )
+            counter.update(values)
+            if counter.nonfinite:
+                raise _nonfinite_error(tensor, activations.batch, source.producer(tensor), values)
+        batches += 1
+        samples += activations.samples
+    if samples == 0:
+        raise EmptyCalibrationSetError(
+            f"Cannot calibrate: the calibration data held {batches} batches without a sample; expected at least one sample. "
+            "Check the path of the data and the limit on the number of batches."
+        )
+    histograms = {tensor: counter.histogram() for tensor, counter in counters.items()}
+    return ActivationStatistics(histograms=histograms, batches=batches, samples=samples)
+
+
+def _nonfinite_error(tensor: str, batch: int, node: str, values: NDArray[Any]) -> NonFiniteActivationError:
+    with np.errstate(over="ignore"):
+        bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
+    return NonFiniteActivationError(
+        f"Cannot calibrate: {bad} of {values.size} values of tensor {tensor!r}, made by {node}, are NaN or infinite in batch {batch}; "
+        "expected finite activations. Look at the samples of that batch, then at the model from that node on.",
+        tensor=tensor,
+        batch=batch,
+        node=node,
+    )

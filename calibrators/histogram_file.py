@@ -1,0 +1,137 @@
+"""Histograms of many tensors in one `.npz` file.
+
+The arrays of all tensors are laid end to end; tensor k owns the entries offsets[k] to offsets[k + 1] of `bins` and `counts`:
+
+    header    uint8            UTF-8 JSON: {"format", "version", "tensors": [names], ...}
+    offsets   int64 (T + 1,)
+    bins      int32 (n,)       non-empty bins of finite magnitudes, ascending within a tensor
+    counts    int64 (n,)
+    minimum, maximum  float32 (T,)      zeros, nonfinite  int64 (T,)
+
+Nothing in it is pickled. Equal content gives equal bytes: entries carry a fixed date, so that a file can be known by its hash.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrators.errors import CacheFormatError
+from calibrators.files import atomic_path, read_bytes
+from calibrators.histogram import MagnitudeHistogram
+
+FORMAT = "trt-int8 calibration"
+VERSION = 1
+
+_EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def save_histograms(
+    path: str | os.PathLike[str], histograms: Mapping[str, MagnitudeHistogram], description: Mapping[str, Any]
+) -> None:
+    """Write the histograms of all tensors, in their order, with a description that JSON can hold.
+
+    Raises:
+        FileAccessError: the file cannot be written.
+    """
+    header = {"format": FORMAT, "version": VERSION, "tensors": list(histograms), **description}
+    parts = list(histograms.values())
+    arrays: Arrays = {
+        "header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8),
+        "offsets": np.cumsum([0, *(part.bins.size for part in parts)], dtype=np.int64),
+        "bins": np.concatenate([np.zeros(0, np.int32), *(part.bins for part in parts)]),
+        "counts": np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
+        "minimum": np.array([part.minimum for part in parts], dtype=np.float32),
+        "maximum": np.array([part.maximum for part in parts], dtype=np.float32),
+        "zeros": np.array([part.zeros for part in parts], dtype=np.int64),
+        "nonfinite": np.array([part.nonfinite for part in parts], dtype=np.int64),
+    }
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=_EARLIEST_ZIP_DATE)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
+
+
+def load_histograms(path: str | os.PathLike[str]) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
+    """Read what `save_histograms` wrote.
+
+    Returns:
+        The histograms by tensor name, and the whole header, which holds the description.
+
+    Raises:
+        FileAccessError: there is no such file, or it cannot be read.
+        CacheFormatError: it is damaged, is not such a file, or was written by another version of the format.
+    """
+    data = read_bytes(path, "the calibration")
+    try:
+        return _parse(data)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CacheFormatError(
+            f"Cannot read {os.fspath(path)!r} as a calibration: {reason}; expected a .npz file that trt-int8 calibrate wrote. "
+            "Calibrate again, or give the file that it made."
+        ) from error
+
+
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError),  # not a zip archive, or cut off, or damaged
+    *(NotImplementedError, RuntimeError),  # a zip archive that is encrypted or compressed in another way
+    *(KeyError, TypeError, ValueError, OverflowError),  # other arrays, another header, numbers that do not fit
+)
+
+
+def _parse(data: bytes) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        header = json.loads(_read_array(archive, "header", np.uint8).tobytes())
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError("its header is not that of a calibration")
+        if header.get("version") != VERSION:
+            raise ValueError(
+                f"it has format version {header.get('version')} and this version of trt-int8 reads version {VERSION}"
+            )
+        names = header["tensors"]
+        offsets = _read_array(archive, "offsets", np.int64, len(names) + 1)
+        if offsets[0] != 0 or np.any(np.diff(offsets) < 0):
+            raise ValueError("its offsets do not ascend from 0")
+        bins = _read_array(archive, "bins", np.int32, offsets[-1])
+        counts = _read_array(archive, "counts", np.int64, offsets[-1])
+        minimum = _read_array(archive, "minimum", np.float32, len(names))
+        maximum = _read_array(archive, "maximum", np.float32, len(names))
+        zeros = _read_array(archive, "zeros", np.int64, len(names))
+        nonfinite = _read_array(archive, "nonfinite", np.int64, len(names))
+    histograms = {
+        str(name): MagnitudeHistogram(
+            # Copies, since a view would keep the arrays of all tensors alive.
+            bins=bins[start:stop].copy(),
+            counts=counts[start:stop].copy(),
+            minimum=float(minimum[k]),
+            maximum=float(maximum[k]),
+            zeros=int(zeros[k]),
+            nonfinite=int(nonfinite[k]),
+        )
+        for k, (name, start, stop) in enumerate(zip(names, offsets[:-1], offsets[1:], strict=True))
+    }
+    if len(histograms) != len(names):
+        raise ValueError("it names a tensor twice")
+    return histograms, header
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, dtype: type[np.generic], size: int | None = None) -> NDArray[Any]:
+    # The entry is read whole before numpy parses it, so that its checksum is known to be right.
+    stream = io.BytesIO(archive.read(f"{name}.npy"))
+    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    if array.dtype != dtype or array.ndim != 1 or (size is not None and array.size != size):
+        raise ValueError(f"its array {name!r} is {array.dtype}{list(array.shape)}")
+    return array

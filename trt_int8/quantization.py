@@ -1,0 +1,218 @@
+"""The quantization stage: a calibration and a target become an INT8 model; and its sister, the FP16 model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx_ir as ir
+
+from calibrators.calibration import Calibration
+from calibrators.protocols import Track, untracked
+from engines.fp16 import HeldNode, convert_to_fp16
+from engines.graph import PreparedModel, prepare, save_model
+from engines.onnxrt import make_session, tensor_specs
+from engines.placement import Decision, Placement, Residual, Target
+from engines.placement_cpu import place_for_cpu
+from engines.placement_tensorrt import place_for_tensorrt
+from engines.qdq import QuantizedModel, insert_qdq
+from trt_int8.auto import AutoChoice, choose_scales
+from trt_int8.calibration import check_fits
+from trt_int8.data import DataSpec, open_data
+from trt_int8.machine import saturates_unsigned_products
+
+if TYPE_CHECKING:
+    from trt_int8.images import Preprocessing
+
+Method = Literal["minmax", "entropy", "percentile", "mse", "auto"]
+
+AUTO_BATCH_SIZE = 32
+"""Held-back samples that are run at once where the model's batch is free: `auto` runs them hundreds of times."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """An INT8 model.
+
+    Attributes:
+        path: the file.
+        target: the placement it was made for.
+        method: the calibration method.
+        placement: what was done where, and why.
+        scales: scale of every Q/DQ pair.
+        auto: what `auto` chose, where it had data to choose by.
+        notes: what a user should know: reduced weight range, nodes held back.
+    """
+
+    path: Path
+    target: Target
+    method: str
+    placement: Placement
+    scales: Mapping[str, float]
+    auto: AutoChoice | None
+    notes: tuple[str, ...]
+
+    @property
+    def held_back(self) -> tuple[Decision, ...]:
+        """The weighted nodes that stay float."""
+        return tuple(decision for decision in self.placement.decisions if not decision.quantized)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "file": self.path.name,
+            "target": self.target,
+            "method": self.method,
+            "scales": dict(self.scales),
+            "pairs": [
+                {"tensor": point.tensor, "scale_of": point.scale_of, "rule": point.rule, "reason": point.reason}
+                for point in self.placement.activations
+            ],
+            "decisions": [asdict(decision) for decision in self.placement.decisions],
+            "auto": None if self.auto is None else {**asdict(self.auto), "scales": None},
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fp16Result:
+    """An FP16 model.
+
+    Attributes:
+        path: the file.
+        held: the nodes kept in FP32, and why.
+        nodes: number of nodes of the FP32 graph.
+    """
+
+    path: Path
+    held: tuple[HeldNode, ...]
+    nodes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"file": self.path.name, "held": [asdict(node) for node in self.held], "nodes": self.nodes}
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    calibration: Calibration,
+    *,
+    output: str | os.PathLike[str],
+    method: Method = "entropy",
+    percentile: float = 99.99,
+    target: Target = "tensorrt",
+    residual: Residual = "int8",
+    exclude: Sequence[str] = (),
+    data: DataSpec | None = None,
+    preprocessing: Preprocessing | None = None,
+    reduce_range: bool | None = None,
+    force: bool = False,
+    auto: AutoChoice | None = None,
+    track: Track = untracked,
+) -> QuantizeResult:
+    """Write an INT8 model with explicit Q/DQ nodes.
+
+    Args:
+        model: the FP32 ONNX file that was calibrated.
+        calibration: its calibration.
+        output: the file to write.
+        method: the calibration method. "auto" with `data` measures which does least harm; without, it equals "mse".
+        percentile: of the percentile method.
+        target: "tensorrt" (signed, zero point 0) or "cpu" (ONNX Runtime's integer kernels, the same scales).
+        residual: whether the skip input of residual Adds is quantized on the TensorRT target.
+        exclude: regular expressions; weighted nodes whose whole name matches stay float.
+        data: held-back data for "auto".
+        preprocessing: of `data`, for image folders.
+        reduce_range: 7-bit weights on the CPU target; None decides by this processor.
+        force: use a calibration of another graph where the tensor names fit.
+        auto: a choice made before, for the other target; saves measuring again.
+        track: shows progress.
+
+    Raises:
+        CalibrationError: the calibration belongs to another model, or lacks a scale.
+        ModelError: an expression of `exclude` matches nothing.
+    """
+    prepared = prepare(model)
+    if not force:
+        check_fits(calibration, prepared)
+    graph = prepared.ir()
+    if method == "auto" and data is not None and auto is None:
+        judged = place_for_tensorrt(graph, residual=residual, exclude=exclude)
+        auto = _choose(prepared, judged, calibration, data, preprocessing, percentile, track)
+    scales = calibration.scales(method, percentile=percentile)
+    if method == "auto" and auto is not None:
+        # Tensors that only the CPU placement quantizes take the method that won for the whole model.
+        scales = calibration.scales(_majority(auto), percentile=percentile) | auto.scales
+    if target == "cpu":
+        placement = place_for_cpu(graph, exclude=exclude)
+        reduced = saturates_unsigned_products() if reduce_range is None else reduce_range
+    else:
+        placement = place_for_tensorrt(graph, residual=residual, exclude=exclude)
+        reduced = bool(reduce_range)
+    quantized = insert_qdq(prepared, placement, scales, reduce_range=reduced, metadata={"trt_int8.method": method})
+    proto = ir.to_proto(quantized.model)
+    if target == "tensorrt" or proto.ByteSize() < 2**30:
+        make_session(proto.SerializeToString(), execution="exact")
+    save_model(proto, output)
+    notes = _notes(quantized, calibration, method, auto)
+    return QuantizeResult(
+        Path(output), target, method, placement, quantized.scales, auto if method == "auto" else None, notes
+    )
+
+
+def convert_fp16(
+    model: str | os.PathLike[str], calibration: Calibration, *, output: str | os.PathLike[str], force: bool = False
+) -> Fp16Result:
+    """Write an FP16 model with FP32 inputs and outputs, nodes that would leave the FP16 range held in FP32.
+
+    Args:
+        model: the FP32 ONNX file that was calibrated.
+        calibration: its calibration; gives the largest magnitudes.
+        output: the file to write.
+        force: use a calibration of another graph where the tensor names fit.
+
+    Raises:
+        CalibrationError: the calibration belongs to another model.
+    """
+    prepared = prepare(model)
+    if not force:
+        check_fits(calibration, prepared)
+    converted = convert_to_fp16(prepared, calibration.amax("minmax"))
+    save_model(converted.model, output)
+    return Fp16Result(Path(output), converted.held, converted.nodes)
+
+
+def _choose(
+    prepared: PreparedModel,
+    placement: Placement,
+    calibration: Calibration,
+    data: DataSpec,
+    preprocessing: Preprocessing | None,
+    percentile: float,
+    track: Track,
+) -> AutoChoice:
+    inputs, _ = tensor_specs(prepared.proto)
+    source = open_data(data, inputs, batch_size=None, preprocessing=preprocessing)
+    return choose_scales(prepared, placement, calibration, source, percentile=percentile, track=track)
+
+
+def _majority(auto: AutoChoice) -> str:
+    return min(auto.whole_model, key=lambda method: auto.whole_model[method])
+
+
+def _notes(
+    quantized: QuantizedModel, calibration: Calibration, method: str, auto: AutoChoice | None
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    if quantized.weight_range < 127 and quantized.placement.target == "cpu":
+        notes.append(
+            "Weights use 7 bits: this processor has neither VNNI nor AMX, and its 8-bit products saturate in pairs."
+        )
+    if method == "auto" and auto is None:
+        notes.append("auto had no held-back data to judge by and took mse; give it some with --data.")
+    zero = [name for name in quantized.placement.tensors if name in set(calibration.always_zero)]
+    notes.extend(f"{name} was 0 throughout the calibration; its scale is 1." for name in zero)
+    return tuple(notes)
