@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 from calibrators.entropy import entropy_amax
@@ -93,7 +92,7 @@ class Calibration:
                     f"Cannot calibrate tensor {name!r}: {histogram.nonfinite} of its values are NaN or infinite; "
                     "expected finite activations."
                 )
-        self._histograms = MappingProxyType(dict(histograms))
+        self._histograms = dict(histograms)
         self._fingerprint = fingerprint
         self._thresholds: dict[tuple[str, float], dict[str, float]] = {}
 
@@ -142,9 +141,9 @@ class Calibration:
         Thresholds are computed once per method and kept.
 
         Args:
-            method: "minmax" (the exact maximum), "entropy" (least information loss), "percentile" (of the magnitudes), "mse" (least
-                expected squared error), or "auto". Choosing the best method by the model's outputs takes data; a calibration on its own
-                answers "auto" as "mse".
+            method: "minmax" (the exact maximum), "entropy" (least loss of information), "percentile" (of the
+                magnitudes), "mse" (least expected squared error), or "auto": choosing by the model's outputs takes
+                data, and without data "auto" is "mse".
             percentile: for method "percentile": 0 < percentile <= 100.
 
         Returns:
@@ -175,8 +174,8 @@ class Calibration:
         unshared = sorted(self._histograms.keys() ^ other._histograms.keys())
         if unshared:
             raise CalibrationError(
-                f"Cannot merge the calibrations: {len(unshared)} tensors are in only one of them, the first is {unshared[0]!r}; "
-                "expected the same tensors. Calibrate both with the same --tensors."
+                f"Cannot merge the calibrations: {len(unshared)} tensors are in only one, such as {unshared[0]!r}; "
+                "expected the same tensors in both. Calibrate both with the same --tensors."
             )
         histograms = {name: histogram.merge(other._histograms[name]) for name, histogram in self._histograms.items()}
         return Calibration(histograms, fingerprint)

@@ -1,4 +1,4 @@
-"""One pass over the calibration data: every activation of every batch is counted once, and none is kept."""
+"""One pass over the calibration data, in which every activation of every batch is counted once and none is kept."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from calibrators.histogram import MagnitudeHistogram
 from calibrators.protocols import ActivationSource, Track, untracked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ActivationStatistics:
     """What one pass over the calibration data found.
 
     Attributes:
         histograms: tensor name to histogram, in the order of the source.
-        batches: number of batches seen.
+        batches: number of batches.
         samples: number of samples in them.
     """
 
@@ -33,8 +33,8 @@ class ActivationStatistics:
 def collect(source: ActivationSource, track: Track = untracked, total: int | None = None) -> ActivationStatistics:
     """Run `source` once and count the magnitudes of all its tensors.
 
-    Memory does not grow with the number of batches. The counting loop releases the GIL, so that several sources may be
-    collected in threads; the histograms of one tensor then merge exactly.
+    Memory does not grow with the number of batches. Counting releases the GIL, so several sources can be collected in
+    threads of their own; their histograms merge exactly.
 
     Args:
         source: runs the model over the data.
@@ -43,7 +43,7 @@ def collect(source: ActivationSource, track: Track = untracked, total: int | Non
 
     Raises:
         EmptyCalibrationSetError: the source held no sample.
-        NonFiniteActivationError: an activation holds NaN or infinity; names the tensor, the batch and the node.
+        NonFiniteActivationError: an activation is NaN or infinite; names the tensor, the batch and the node.
         CalibrationError: a tensor is not of a floating dtype.
     """
     counters = {tensor: MagnitudeCounter() for tensor in source.tensors}
@@ -54,29 +54,29 @@ def collect(source: ActivationSource, track: Track = untracked, total: int | Non
             values = activations.values[tensor]
             if not np.issubdtype(values.dtype, np.floating):
                 raise CalibrationError(
-                    f"Cannot calibrate tensor {tensor!r} of {source.producer(tensor)}: it has dtype {values.dtype}; "
-                    "expected a floating dtype. Leave integer tensors out of the tensors to calibrate."
+                    f"Cannot calibrate tensor {tensor!r} of {source.producer(tensor)}: its dtype is {values.dtype}; "
+                    "expected a floating dtype. Leave it out of the tensors to calibrate."
                 )
             counter.update(values)
             if counter.nonfinite:
-                raise _nonfinite_error(tensor, activations.batch, source.producer(tensor), values)
+                raise _nonfinite(tensor, activations.batch, source.producer(tensor), values)
         batches += 1
         samples += activations.samples
     if samples == 0:
         raise EmptyCalibrationSetError(
-            f"Cannot calibrate: the calibration data held {batches} batches without a sample; expected at least one sample. "
-            "Check the path of the data and the limit on the number of batches."
+            f"Cannot calibrate: the calibration data held no sample in {batches} batches; expected at least one. "
+            "Check the path of the data and the limit on batches."
         )
     histograms = {tensor: counter.histogram() for tensor, counter in counters.items()}
     return ActivationStatistics(histograms=histograms, batches=batches, samples=samples)
 
 
-def _nonfinite_error(tensor: str, batch: int, node: str, values: NDArray[Any]) -> NonFiniteActivationError:
+def _nonfinite(tensor: str, batch: int, node: str, values: NDArray[Any]) -> NonFiniteActivationError:
     with np.errstate(over="ignore"):
-        bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
+        bad = np.count_nonzero(~np.isfinite(values.astype(np.float32)))
     return NonFiniteActivationError(
-        f"Cannot calibrate: {bad} of {values.size} values of tensor {tensor!r}, made by {node}, are NaN or infinite in batch {batch}; "
-        "expected finite activations. Look at the samples of that batch, then at the model from that node on.",
+        f"Cannot calibrate tensor {tensor!r} of {node}: {bad} of its {values.size} values are NaN "
+        f"or infinite in batch {batch}; expected finite activations. Check the samples of that batch, then the model.",
         tensor=tensor,
         batch=batch,
         node=node,

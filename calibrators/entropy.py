@@ -1,31 +1,32 @@
-"""Thresholds by least information loss: the search of TensorRT's entropy calibrator.
+"""Thresholds with the least loss of information: the search of TensorRT's entropy calibrator.
 
-Szymon Migacz, "8-bit Inference with TensorRT", GPU Technology Conference, 2017 (talk S7310), pages 17-39.
+Szymon Migacz, "8-bit Inference with TensorRT", NVIDIA GPU Technology Conference 2017.
 
-For each i = 128 .. N, saturating a linear histogram of N bins at its first i bins gives
+Take a linear histogram of N bins. For each i = 128 .. N compare two distributions over its first i bins:
 
-    P = counts[0:i], with everything above added to its last bin           the distribution that a saturated tensor has
-    Q = counts[0:i] in 128 levels, each spread evenly over its             what 128 codes can tell of the unsaturated part
-        non-empty bins
+    P = the counts, with those of all higher bins added to the last          the tensor, saturated at i bins
+    Q = the counts merged into 128 levels, each level spread evenly          what the codes tell of the tensor
+        over its non-empty bins
 
-and, both normalised, the i with the least KL(P || Q) = sum P log(P / Q) wins. The outliers are in P and not in Q: that is what
-saturation costs; few levels for many bins is what the wider range costs.
+Both normalised, the least Kullback-Leibler divergence KL(P || Q) = sum of P log(P / Q) wins. A narrow range costs
+because the saturated values are in P but not in Q, a wide one because its levels are wide.
 
-Details on which implementations differ, and what is done here:
-- Level k covers the bins [ceil(k i / 128), ceil((k + 1) i / 128)): levels differ by one bin at most.
-- Where P > 0 and Q = 0 (outliers piled onto an empty last bin) the divergence is infinite; nothing is smoothed.
-- The first of equal minima wins, that is the smallest threshold.
-- Exact zeros are not in the histogram (`MagnitudeHistogram.linear`).
-- The threshold is the centre of the first bin that saturates, (i + 0.5) * width, as in TensorRT's own caches. It lies at most one and a
-  half bins above the largest value.
+Where implementations differ, this one does the following:
+- Level k holds the bins from ceil(k i / 128) to ceil((k + 1) i / 128), so that levels differ by one bin at most.
+- Where P > 0 and Q = 0 (saturated values on top of an empty bin), the divergence is infinite; nothing is smoothed.
+- Of equal divergences the smallest threshold wins.
+- Exact zeros do not count (see `MagnitudeHistogram.linear`).
+- The threshold is the centre of the first bin that saturates, (i + 0.5) * width, as in TensorRT's calibration caches. A
+  tensor that is not saturated gets one a little above its largest value, by one and a half bins at most.
 
-The criterion looks at the shape of the distribution alone, not at how far outliers are moved: a tensor with a handful of
-distinct values can lose its largest ones at a divergence of 0. Minimum-maximum or MSE fit such tensors.
+The search looks at the shape of the distribution and not at the size of errors. A tensor with a handful of distinct
+values may lose the largest of them, since a few spikes fit a few levels perfectly; minmax or mse suit it better.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,77 +35,88 @@ from calibrators.compiled import njit
 from calibrators.histogram import MagnitudeHistogram
 
 LEVELS = 128
+"""Levels that the magnitudes are merged into, as in the paper."""
 
 
 def entropy_amax(histogram: MagnitudeHistogram) -> float:
-    """Return the threshold with the least information loss, in the tensor's unit; 0.0 for a tensor that is always zero."""
+    """Return the threshold with the least loss of information.
+
+    Returns:
+        The threshold in the tensor's unit; 0.0 for a tensor that is always zero. A subnormal tensor that fills fewer
+        than 128 bins is not saturated.
+    """
     linear = histogram.linear()
     if not linear.counts.size:
         return 0.0
     divergences = kl_divergences(linear.counts)
-    saturated_from = LEVELS + int(np.argmin(divergences)) if divergences.size else linear.counts.size
-    return (saturated_from + 0.5) * linear.width
+    kept = LEVELS + int(np.argmin(divergences)) if divergences.size else linear.counts.size
+    return (kept + 0.5) * linear.width
 
 
 def kl_divergences(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return KL(P || Q) in nats of each candidate.
+    """Return the divergence of every candidate.
 
     Args:
         counts: int64, shape (N,), of a linear histogram; the last is not 0.
 
     Returns:
-        float64, shape (max(N - 127, 0),): entry k is the candidate that keeps 128 + k bins. Infinite where P > 0 and Q = 0.
-        The last one keeps everything and is always finite.
+        float64, shape (max(N - 127, 0),), in nats: entry k is KL(P || Q) for 128 + k bins. The last, which keeps all
+        bins, is finite.
     """
-    sums = np.concatenate(([0], np.cumsum(counts)))
-    filled = np.concatenate(([0], np.cumsum(counts > 0)))
     logs = np.log(counts, out=np.zeros(counts.size), where=counts > 0)
-    entropies = np.concatenate(([0.0], np.cumsum(counts * logs)))
-    return _divergences(counts, sums, filled, entropies)
+    return _divergences(counts, _sums_below(counts), _sums_below(counts > 0), _sums_below(counts * logs))
+
+
+def _sums_below(terms: NDArray[Any]) -> NDArray[Any]:
+    """Return for k = 0 .. N the sum of the first k terms."""
+    return np.concatenate(([0], np.cumsum(terms)))
 
 
 @njit
 def _divergences(
-    counts: NDArray[np.int64], sums: NDArray[np.int64], filled: NDArray[np.int64], entropies: NDArray[np.float64]
+    counts: NDArray[np.int64],
+    mass_below: NDArray[np.int64],
+    filled_below: NDArray[np.int64],
+    entropy_below: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Evaluate all candidates in O(N * 128) by prefix sums over the bins below each index.
+    """Evaluate all candidates in O(N * 128).
 
-    With unnormalised P and Q, T = sum(P) = all counts and I = sum(Q) = the counts kept,
+    With P and Q not normalised, sum(P) = all counts and sum(Q) = the counts kept, so
 
-        KL = 1/T (sum P log P - sum P log Q) + log(I / T),
+        KL = (sum of P log P - sum of P log Q) / all + log(kept / all)
 
-    where sum P log P is a prefix sum with its last term replaced, and Q is constant over the non-empty bins of a level.
+    where the first sum is one over bins below an index with its last term replaced, and Q is the same for all
+    non-empty bins of a level.
 
     Args:
         counts: (N,).
-        sums: (N + 1,), of the counts.
-        filled: (N + 1,), of the non-empty bins.
-        entropies: (N + 1,), of count * log(count).
+        mass_below: (N + 1,), sums of the counts.
+        filled_below: (N + 1,), numbers of non-empty bins.
+        entropy_below: (N + 1,), sums of count * log(count).
     """
-    total = sums[-1]
+    total = mass_below[-1]
     divergences = np.full(max(counts.size - LEVELS + 1, 0), np.inf)
     for candidate in range(divergences.size):
         size = LEVELS + candidate
-        kept = sums[size]
-        outliers = total - kept
+        kept = mass_below[size]
+        saturated = total - kept
         last = counts[size - 1]
-        if last == 0 and outliers > 0:
+        if last == 0 and saturated > 0:
             continue
-        p_log_p = entropies[size - 1]
-        if last + outliers > 0:
-            p_log_p += (last + outliers) * math.log(last + outliers)
+        p_log_p = entropy_below[size - 1]
+        if last > 0:
+            p_log_p += (last + saturated) * math.log(last + saturated)
         p_log_q = 0.0
         log_q = 0.0
         start = 0
         for level in range(1, LEVELS + 1):
             stop = (level * size + LEVELS - 1) // LEVELS
-            mass = sums[stop] - sums[start]
+            mass = mass_below[stop] - mass_below[start]
             if mass > 0:
-                log_q = math.log(mass / (filled[stop] - filled[start]))
+                log_q = math.log(mass / (filled_below[stop] - filled_below[start]))
                 p_log_q += mass * log_q
             start = stop
-        p_log_q += (
-            outliers * log_q
-        )  # they are in the last bin; where there are any it is not empty, so log_q is its level's
+        # Saturated values share the last bin, which is not empty: log_q is that of its level.
+        p_log_q += saturated * log_q
         divergences[candidate] = (p_log_p - p_log_q) / total + math.log(kept / total)
     return divergences

@@ -1,6 +1,7 @@
 """Histograms of many tensors in one `.npz` file.
 
-The arrays of all tensors are laid end to end; tensor k owns the entries offsets[k] to offsets[k + 1] of `bins` and `counts`:
+The arrays of all tensors are laid end to end; tensor k owns the entries offsets[k] to offsets[k + 1] of `bins` and
+`counts`:
 
     header    uint8            UTF-8 JSON: {"format", "version", "tensors": [names], ...}
     offsets   int64 (T + 1,)
@@ -8,7 +9,7 @@ The arrays of all tensors are laid end to end; tensor k owns the entries offsets
     counts    int64 (n,)
     minimum, maximum  float32 (T,)      zeros, nonfinite  int64 (T,)
 
-Nothing in it is pickled. Equal content gives equal bytes: entries carry a fixed date, so that a file can be known by its hash.
+Nothing in it is pickled. Entries carry a fixed date, so that equal content gives equal bytes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ FORMAT = "trt-int8 calibration"
 VERSION = 1
 
 _EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+_COMPRESSION = 1
+"""Bins are runs of neighbours and counts mostly small: the fastest level already gets most of what there is to gain."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -58,10 +61,10 @@ def save_histograms(
     }
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
+            stream = io.BytesIO()
+            np.lib.format.write_array(stream, array, allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=_EARLIEST_ZIP_DATE)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with archive.open(entry, "w") as stream:
-                np.lib.format.write_array(stream, array, allow_pickle=False)
+            archive.writestr(entry, stream.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION)
 
 
 def load_histograms(path: str | os.PathLike[str]) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
@@ -80,8 +83,8 @@ def load_histograms(path: str | os.PathLike[str]) -> tuple[dict[str, MagnitudeHi
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CacheFormatError(
-            f"Cannot read {os.fspath(path)!r} as a calibration: {reason}; expected a .npz file that trt-int8 calibrate wrote. "
-            "Calibrate again, or give the file that it made."
+            f"Cannot read calibration {os.fspath(path)!r}: {reason}; expected a .npz file that `trt-int8 calibrate` "
+            "wrote. Calibrate again, or name the right file."
         ) from error
 
 

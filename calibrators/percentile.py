@@ -12,36 +12,36 @@ from calibrators.histogram import MagnitudeHistogram, lower_edges
 
 
 def percentile_amax(histogram: MagnitudeHistogram, percentile: float) -> float:
-    """Return the threshold that at least `percentile` per cent of all |x| do not exceed, by the nearest rank.
+    """Return the threshold that `percentile` per cent of all magnitudes do not exceed, by the nearest rank.
 
-    With n values, zeros included, it is the upper edge of the bin that holds the ceil(percentile / 100 * n)-th smallest magnitude, but
-    not more than the largest: at most one bin, 2**-10 of the value, above the exact percentile.
+    Of n values, zeros included, the ceil(percentile / 100 * n)-th smallest magnitude is taken, rounded up to the edge
+    of its bin but not beyond the largest magnitude: the result exceeds the exact percentile by 2**-10 of it at most.
 
-    Where so many values are exactly zero that this would be 0 (a ReLU that is mostly off), the percentile of the non-zero
-    values is returned: zeros quantize without error whatever the threshold, and a threshold of 0 would erase the rest.
+    Where so many values are exactly zero that this would be 0 (a ReLU that is mostly off), it is the percentile of the
+    non-zero values: zeros quantize without error whatever the threshold, and a threshold of 0 would erase the others.
 
     Args:
         histogram: of the tensor.
-        percentile: 0 < percentile <= 100, as the decimal number that it is written as; 100 gives the exact maximum.
+        percentile: 0 < percentile <= 100, taken as the decimal number that it prints as; 100 gives the exact maximum.
 
     Returns:
         The threshold in the tensor's unit; 0.0 for a tensor that is always zero.
 
     Raises:
-        CalibrationError: `percentile` is outside (0, 100].
+        CalibrationError: `percentile` is out of range.
     """
     check_percentile(percentile)
     if histogram.amax == 0:
         return 0.0
-    # Exact arithmetic: in floats, 99.99 / 100 * 1e6 may round to either side of an integer and move the rank by one.
+    # Exact, because 99.99 / 100 * n in floats may fall on either side of an integer, which moves the rank by one.
     share = Fraction(str(percentile)) / 100
-    rank = math.ceil(share * histogram.count)
     counts = histogram.counts
+    rank = math.ceil(share * histogram.count)
     if rank <= histogram.zeros:
         counts = histogram.nonzero_counts()
-        rank = math.ceil(share * int(counts.sum()))
-    index = int(np.searchsorted(np.cumsum(counts), rank))
-    upper_edge = float(lower_edges(histogram.bins[index : index + 1] + 1)[0])
+        rank = math.ceil(share * (histogram.count - histogram.zeros))
+    k = int(np.searchsorted(np.cumsum(counts), rank))
+    upper_edge = float(lower_edges(histogram.bins[k : k + 1] + 1)[0])
     return min(upper_edge, histogram.amax)
 
 
@@ -49,5 +49,5 @@ def check_percentile(percentile: float) -> None:
     """Raise CalibrationError unless 0 < percentile <= 100."""
     if not 0 < percentile <= 100:
         raise CalibrationError(
-            f"Cannot take percentile {percentile} of the magnitudes: expected a number above 0 and up to 100, such as 99.99."
+            f"Cannot calibrate by percentile {percentile}: expected a number above 0 and up to 100, such as 99.99."
         )

@@ -3,8 +3,9 @@
     TRT-101601-EntropyCalibration2         TRT-<version>-<algorithm>
     input_1:0: 3c010a14                    <tensor>: <scale>
 
-The scale is amax / 127 as the bits of a float32, in hexadecimal without leading zeros; a scale of zero is written as "0". A tensor's
-name may hold colons and spaces, so a line is split at its last ": ". A file names each tensor once.
+The scale is amax / 127 as the bits of a float32, in hexadecimal without leading zeros; zero is written as "0". A
+tensor's name may hold colons and spaces, so a line is split at its last ": ". A file that gives a tensor two scales
+is refused, as nothing says which of them TensorRT would use.
 """
 
 from __future__ import annotations
@@ -51,9 +52,12 @@ class TensorRTCache:
 
     Attributes:
         version: of TensorRT, as `header_version` gives it.
-        algorithm: the calibrator's, such as "EntropyCalibration2" or "MinMaxCalibration"; TensorRT uses a cache only for the algorithm it names.
-        scales: tensor name to scale, in the file's order, each rounded to float32. A file may hold scales that no
-            engine can use; `unusable` names them.
+        algorithm: of the calibrator, such as `ENTROPY_2`; TensorRT takes a cache only for the algorithm that it names.
+        scales: tensor name to scale, in the order of the file; rounded to float32. A file may hold scales that cannot
+            be used; `unusable` names them.
+
+    Raises:
+        CalibrationError: the version, the algorithm or a name cannot be written.
     """
 
     version: int
@@ -69,8 +73,8 @@ class TensorRTCache:
         for name in self.scales:
             if not _is_writable(name):
                 raise CalibrationError(
-                    f"Cannot put tensor {name!r} into a calibration cache: its name is empty, holds a line break or is not valid Unicode. "
-                    "Rename the tensor in the model."
+                    f"Cannot put tensor {name!r} into a calibration cache: expected a name of valid Unicode, not empty "
+                    "and without line breaks. Rename the tensor in the model."
                 )
         object.__setattr__(
             self, "scales", MappingProxyType({name: _float32(scale) for name, scale in self.scales.items()})
@@ -92,24 +96,28 @@ class TensorRTCache:
         """Read a file's content; lines may end in CR LF, and hexadecimal digits may be upper case.
 
         Raises:
-            CacheFormatError: it is not a TensorRT calibration cache; names the kind where it is another tool's, else the line.
+            CacheFormatError: it is not a TensorRT calibration cache, but of the kind named; or the line
+                named is damaged.
         """
         header, *lines = _lines(data)
         match = _HEADER.fullmatch(header)
         if match is None:
             raise CacheFormatError(
-                f"This is not a TensorRT calibration cache: it is {_kind(data)}; expected a first line like 'TRT-101601-{ENTROPY_2}'."
+                f"This is not a TensorRT calibration cache: found {_kind(data)}; "
+                f"expected a first line like 'TRT-101601-{ENTROPY_2}'."
             )
         scales: dict[str, float] = {}
         for number, line in enumerate(lines, start=2):
             name, separator, digits = line.rpartition(": ")
             if not separator or not name or not _HEX.fullmatch(digits):
                 raise CacheFormatError(
-                    f"The calibration cache is damaged: line {number} is {line[:80]!r}; expected '<tensor>: <hexadecimal float32>'."
+                    f"The calibration cache is damaged: line {number} is {line[:80]!r}; "
+                    "expected a tensor, a colon, a blank and a hexadecimal float32."
                 )
             if name in scales:
                 raise CacheFormatError(
-                    f"The calibration cache is ambiguous: line {number} gives tensor {name!r} a second scale; expected one for each tensor."
+                    f"The calibration cache is ambiguous: line {number} gives tensor {name!r} a second scale; "
+                    "expected one for each tensor."
                 )
             scales[name] = _scale_from_hex(digits)
         return cls(int(match[1]), match[2], scales)

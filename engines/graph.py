@@ -10,14 +10,15 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
+import onnx.numpy_helper
 import onnx.shape_inference
 import onnx.version_converter
 import onnx_ir as ir
@@ -26,7 +27,8 @@ import onnxslim
 from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError, UnsupportedModelError
-from engines.onnxrt import load_header
+from engines.onnxrt import load_header, tensor_specs
+from engines.size import external_files
 
 MINIMUM_OPSET = 19
 """First opset in which the scale of Q/DQ may be FP16, which INT8 beside FP16 needs under strong typing."""
@@ -36,6 +38,9 @@ RAISED_OPSET = 20
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 """Protobuf's limit for one message, less a margin for everything beside the weights."""
+
+RUNNABLE_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
+"""Operator domains that ONNX Runtime brings along; others need an extension library."""
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -71,23 +76,32 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     Raises:
         FileAccessError: missing or unreadable file, or external data that is missing.
         ModelError: not an ONNX model, or one that the checker refuses.
-        UnsupportedModelError: an operator that cannot be raised to a newer opset.
+        UnsupportedModelError: an operator that is unknown or cannot be raised to a newer opset, or an input or output
+            that is no tensor.
     """
     file = Path(path)
-    load_header(file)
+    header = load_header(file)
+    tensor_specs(header)
+    for name in external_files(header):
+        if not (file.parent / name).exists():
+            raise FileAccessError(
+                f"Cannot read the model {str(file)!r}: its external data {name!r} is missing. "
+                "Put that file beside the model; the two belong together."
+            )
     try:
         model = onnx.load(file)
-    except FileNotFoundError as error:
-        raise FileAccessError(f"Cannot read the model {str(file)!r}: its external data is missing: {error}.") from error
     except Exception as error:  # onnx raises ValidationError and protobuf's own types for broken external data
-        raise ModelError(f"Cannot read the model {str(file)!r}: {error}.") from error
+        line = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"Cannot read the model {str(file)!r}: {line}. Export it again.") from error
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    _check_operators(model, file)
     model = _raised(model, file)
     _drop_initializers_from_inputs(model)
     model = _simplified(model, file)
     _drop_notes(model)
     _name_nodes(model)
+    _check(model, file)
     return PreparedModel(file, model, graph_hash=_graph_hash(model), weights_hash=_weights_hash(model))
 
 
@@ -152,12 +166,7 @@ def quiet() -> Iterator[None]:
 
 
 def _raised(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    if opset is None:
-        domains = ", ".join(entry.domain for entry in model.opset_import)
-        raise UnsupportedModelError(
-            f"{str(file)!r} uses no standard ONNX operators (domains: {domains}); there is nothing to quantize in it."
-        )
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset >= MINIMUM_OPSET:
         return model
     if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
@@ -170,26 +179,85 @@ def _raised(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
         with quiet():
             raised = onnx.version_converter.convert_version(model, RAISED_OPSET)
     except Exception as error:  # the converter raises RuntimeError and its own ConvertError
-        operator = _operator_in(str(error), model)
+        found = " ".join(str(error).split()).rpartition("failed: ")[2].rstrip(".")
         raise UnsupportedModelError(
-            f"{str(file)!r} has opset {opset} and cannot be raised to {RAISED_OPSET}: {operator}. "
-            f"Export it again with opset {RAISED_OPSET}."
+            f"{str(file)!r} has opset {opset} and cannot be raised to {RAISED_OPSET}: {_stumbling_block(model, opset)} "
+            f"cannot be converted ({found}). Export it again with opset {RAISED_OPSET}."
         ) from error
     raised.ir_version = max(model.ir_version, 10)
     return raised
 
 
-def _operator_in(message: str, model: onnx.ModelProto) -> str:
-    """Name the operator that the version converter stumbled over; its messages quote it in several forms."""
-    line = " ".join(message.split())
-    operators = {node.op_type for node in model.graph.node}
-    for word in re.findall(r"\w+", line):
-        if word in operators:
-            return f"the operator {word} cannot be converted ({line[:200]})"
-    return line[:200]
+def _stumbling_block(model: onnx.ModelProto, opset: int) -> str:
+    """Name the operators of the model that change in the first opset that it cannot be raised to."""
+    for version in range(opset + 1, RAISED_OPSET + 1):
+        try:
+            with quiet():
+                model = onnx.version_converter.convert_version(model, version)
+        except Exception:  # the failing step is what is looked for, whatever it raises
+            operators = {node.op_type for graph in _graphs(model.graph) for node in graph.node if node.domain == ""}
+            changed = [
+                name for name in sorted(operators) if onnx.defs.get_schema(name, version).since_version == version
+            ]
+            return " or ".join(changed) or "an operator"
+    return "an operator"
+
+
+def _check_operators(model: onnx.ModelProto, file: Path) -> None:
+    """Refuse operators that neither ONNX nor ONNX Runtime knows, by name, before anything is spent on the graph."""
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset is None:
+        domains = ", ".join(entry.domain for entry in model.opset_import)
+        raise UnsupportedModelError(
+            f"{str(file)!r} uses no standard ONNX operators (domains: {domains}); there is nothing to quantize in it."
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise UnsupportedModelError(
+            f"{str(file)!r} has opset {opset}; the installed onnx knows opsets up to {newest}. "
+            f"Export it again with opset {RAISED_OPSET}, or install a newer onnx."
+        )
+    for node in (node for graph in _graphs(model.graph) for node in graph.node):
+        if node.domain not in RUNNABLE_DOMAINS:
+            raise UnsupportedModelError(
+                f"{str(file)!r} holds the operator {node.op_type} of the domain {node.domain!r}, which needs an "
+                "extension library to run. Cut the graph there, or export it with standard ONNX operators."
+            )
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        try:
+            schema = onnx.defs.get_schema(node.op_type, opset)
+        except onnx.defs.SchemaError as error:
+            raise UnsupportedModelError(
+                f"{str(file)!r} holds the operator {node.op_type}, which ONNX opset {opset} does not have. "
+                f"Export it again with opset {RAISED_OPSET}."
+            ) from error
+        if schema.deprecated:
+            raise UnsupportedModelError(
+                f"{str(file)!r} holds the operator {node.op_type}, which was removed before its opset {opset}. "
+                f"Export it again with opset {RAISED_OPSET}."
+            )
+
+
+def _check(model: onnx.ModelProto, file: Path) -> None:
+    if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
+        return
+    values = [*model.graph.input, *model.graph.output]
+    rankless = [value.type.tensor_type for value in values if not value.type.tensor_type.HasField("shape")]
+    for tensor in rankless:
+        tensor.shape.SetInParent()  # the checker wants a shape there, and does not compare it with anything
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        line = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"{str(file)!r} is not a valid ONNX model: {line}. Export it again.") from error
+    finally:
+        for tensor in rankless:
+            tensor.ClearField("shape")
 
 
 def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    inputs = list(model.graph.input)
     try:
         with quiet():
             slim = onnxslim.slim(model)
@@ -199,6 +267,10 @@ def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
         raise ModelError(
             f"{str(file)!r} cannot be simplified: {line}. Check it with `python -m onnx.checker`, or export it again."
         ) from error
+    # Inputs that nothing reads are part of the model's interface; the simplifier drops them.
+    kept = {value.name: value for value in inferred.graph.input}
+    del inferred.graph.input[:]
+    inferred.graph.input.extend(kept.get(value.name, value) for value in inputs)
     return inferred
 
 
@@ -212,20 +284,30 @@ def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
         model.ir_version = max(model.ir_version, 4)
 
 
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Walk through a graph and the graphs inside its nodes (If, Loop, Scan)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+            for subgraph in inner:
+                yield from _graphs(subgraph)
+
+
 def _drop_notes(model: onnx.ModelProto) -> None:
-    graph = model.graph
-    for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
-        item.ClearField("doc_string")
-        item.ClearField("metadata_props")
-    graph.ClearField("doc_string")
-    graph.ClearField("metadata_props")
+    for graph in _graphs(model.graph):
+        for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+            item.ClearField("doc_string")
+            item.ClearField("metadata_props")
+        graph.ClearField("doc_string")
+        graph.ClearField("metadata_props")
     model.ClearField("doc_string")
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
     """Give unnamed nodes and doubles a unique name, made from the first output: unique, and known to the user."""
     taken: set[str] = set()
-    for node in model.graph.node:
+    for node in (node for graph in _graphs(model.graph) for node in graph.node):
         if not node.name or node.name in taken:
             first = next((output for output in node.output if output), "")
             name = candidate = f"{node.op_type}:{first}"
@@ -251,7 +333,11 @@ def _graph_hash(model: onnx.ModelProto) -> str:
 def _weights_hash(model: onnx.ModelProto) -> str:
     digest = hashlib.sha256()
     for initializer in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
-        digest.update(initializer.SerializeToString(deterministic=True))
+        digest.update(repr((initializer.name, initializer.data_type, list(initializer.dims))).encode())
+        if initializer.data_type == onnx.TensorProto.STRING:
+            digest.update(b"".join(initializer.string_data))
+        else:  # the values, however the file stores them: the same weights in external data are the same weights
+            digest.update(np.ascontiguousarray(onnx.numpy_helper.to_array(initializer)).tobytes())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ import onnx
 
 from calibrators.errors import FileAccessError
 from calibrators.protocols import Array
-from engines.errors import InferenceError, ModelError
+from engines.errors import InferenceError, ModelError, UnsupportedModelError
 from engines.runner import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ def load_header(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def tensor_specs(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return the specs of a model's inputs (initializers left out) and outputs."""
+    """Return the specs of a model's inputs (initializers left out) and outputs.
+
+    Raises:
+        UnsupportedModelError: one of them is a sequence, a map or an optional value, or has no type.
+    """
     constants = {initializer.name for initializer in model.graph.initializer}
     inputs = tuple(_spec(value) for value in model.graph.input if value.name not in constants)
     return inputs, tuple(_spec(value) for value in model.graph.output)
@@ -195,7 +199,13 @@ def shape_fits(shape: Sequence[int], expected: Sequence[int | str | None] | None
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
     tensor = value.type.tensor_type
+    if kind != "tensor_type" or not tensor.elem_type:
+        found = "no type" if kind in (None, "tensor_type") else f"the type {kind.removesuffix('_type')}"
+        raise UnsupportedModelError(
+            f"The input or output {value.name!r} has {found}; expected a tensor. Export the model without it."
+        )
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     shape: tuple[int | str | None, ...] | None = None
     if tensor.HasField("shape"):

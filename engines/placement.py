@@ -113,7 +113,7 @@ class Placement:
 
 
 def weighted_nodes(model: ir.Model, exclude: Sequence[str] = ()) -> tuple[list[ir.Node], list[Decision]]:
-    """Sort the weighted nodes of the main graph into those that are quantized and those that are not.
+    """Sort the weighted nodes into those that are quantized and those that are not.
 
     Args:
         model: a prepared model.
@@ -140,6 +140,10 @@ def weighted_nodes(model: ir.Model, exclude: Sequence[str] = ()) -> tuple[list[i
             rule, reason = "weighted-inputs", "all inputs of weighted operators are quantized"
             chosen.append(node)
         decisions.append(Decision(name, node.op_type, rule == "weighted-inputs", rule, reason))
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.graph is not model.graph and node.op_type in WEIGHTED and node.domain == "":
+            reason = "it stands in a branch or loop body; only the main graph is calibrated and quantized"
+            decisions.append(Decision(node.name or "", node.op_type, False, "subgraph", reason))
     return chosen, decisions
 
 
@@ -270,8 +274,11 @@ def _why_not(node: ir.Node) -> str | None:
         return "its weight is computed at run time"
     if constant.dtype != ir.DataType.FLOAT:
         return f"its weight is {constant.dtype.name}, not FLOAT"
-    if not is_activation(node.inputs[activation]):
+    data = node.inputs[activation]
+    if constant_array(data) is not None:
         return "its data input is a constant"
+    if not is_activation(data):
+        return "the type of its data input is unknown: shape inference stops at an operator before it"
     return None
 
 

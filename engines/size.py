@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from calibrators.errors import FileAccessError
 from engines.onnxrt import load_header
 
 
@@ -39,14 +40,14 @@ def measure_sizes(models: list[str | os.PathLike[str]]) -> tuple[ModelSize, ...]
     """Measure ONNX files; the first one is the reference of the ratios.
 
     Raises:
-        FileAccessError: a file is missing.
+        FileAccessError: a file, or its external data, is missing.
         ModelError: a file is not an ONNX model.
     """
     measured: list[ModelSize] = []
     for model in models:
         path = Path(model)
         header = load_header(path)
-        total = path.stat().st_size + sum((path.parent / name).stat().st_size for name in external_files(header))
+        total = path.stat().st_size + sum(_external_bytes(path, name) for name in external_files(header))
         reference = measured[0].file_bytes if measured else total
         measured.append(ModelSize(path.name, total, _weight_bytes(header), reference / total))
     return tuple(measured)
@@ -58,6 +59,16 @@ def external_files(model: onnx.ModelProto) -> list[str]:
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return sorted(names)
+
+
+def _external_bytes(model: Path, name: str) -> int:
+    try:
+        return (model.parent / name).stat().st_size
+    except OSError as error:
+        raise FileAccessError(
+            f"Cannot measure the model {str(model)!r}: its external data {name!r} cannot be read: {error.strerror}. "
+            "Put that file beside the model; the two belong together."
+        ) from error
 
 
 def _weight_bytes(model: onnx.ModelProto) -> dict[str, int]:

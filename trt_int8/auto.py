@@ -1,11 +1,12 @@
 """The `auto` method: the scales that do least harm to the model's outputs, measured on held-back data.
 
-First every method is tried for the whole model. Then, tensor by tensor in graph order, every other method's scale is tried
-for that tensor alone and taken where it gains more than noise. Harm is the squared error of the float outputs against FP32,
-relative to the outputs' energy, per sample; a gain counts where its mean over the samples exceeds two standard errors and one
-per cent of the harm.
+First every method is tried for the whole model. Then, tensor by tensor in graph order, every other method's scale is
+tried for that tensor alone and taken where it gains more than noise. Harm is the squared error of the float outputs
+against FP32, relative to the outputs' energy, per sample; a gain counts where its mean over the samples exceeds two
+standard errors and one per cent of the harm.
 
-The trials share one session: the scales of the Q/DQ nodes are inputs of the graph, so that a trial costs inference only.
+The trials share one session: the scales of the Q/DQ nodes are inputs of the graph, so that a trial costs inference
+only.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from calibrators.calibration import Calibration
 from calibrators.protocols import Array, Track, untracked
 from engines.graph import PreparedModel
-from engines.onnxrt import make_session
+from engines.onnxrt import make_session, tensor_specs
 from engines.placement import Placement
 from engines.qdq import insert_qdq
 from trt_int8.data import DataBatch
 from trt_int8.errors import DataError
+from trt_int8.joining import joined
 
 CANDIDATES = ("minmax", "entropy", "percentile", "mse")
 STANDARD_ERRORS = 2.0
@@ -33,6 +35,8 @@ LEAST_DIFFERENCE = 0.02
 """Scales closer together than this are not tried against each other: the difference is below INT8's own step."""
 
 MAX_SAMPLES = 128
+JOINED_SAMPLES = 32
+"""Held-back samples that are run at once where the model's batch is free; each set of scales runs them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,8 @@ class _Trial:
         self._batches: list[tuple[dict[str, Array], int]] = []
         self._reference: list[list[Array]] = []
         self.samples = 0
-        for batch in batches:
+        inputs, _ = tensor_specs(prepared.proto)
+        for batch in joined(batches, inputs, JOINED_SAMPLES):
             self._batches.append((dict(batch.feeds), batch.samples))
             self._reference.append(reference.run(self._outputs, dict(batch.feeds)))
             self.samples += batch.samples

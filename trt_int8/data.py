@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +200,8 @@ def open_data(
 
     What yields ready batches (a folder of batch files, a callable, an iterable) decides on their size. Each batch is a
     dict of arrays by input name, or a tuple or list in the order of the model's inputs which labels may follow, or one
-    array for a model of one input; arrays may be torch tensors. A model with a fixed batch overrides `batch_size`, and a
-    short last batch is filled up there by repeating its last sample. Exceptions of the user's code pass through unchanged.
+    array for a model of one input; arrays may be torch tensors. A model with a fixed batch overrides `batch_size`, and
+    has a short last batch filled up by repeating its last sample. Exceptions of the user's code pass through unchanged.
 
     Args:
         spec: DATA, as the module's docstring lists it.
@@ -317,5 +317,4 @@ def _padded(batch: DataBatch, inputs: Sequence[TensorSpec], size: int) -> DataBa
             return value
         return np.concatenate([value, np.repeat(value[-1:], size - batch.samples, axis=0)])
 
-    feeds = {spec.name: fill(spec) for spec in inputs}
-    return DataBatch(batch.index, batch.samples, feeds, batch.extras, batch.rolling_hash)
+    return replace(batch, feeds={spec.name: fill(spec) for spec in inputs})

@@ -7,18 +7,19 @@ step by step, on Pillow as there, so that a model sees in calibration what it sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from calibrators.protocols import Array
 from trt_int8.errors import ConfigError, DataError
 from trt_int8.feeds import describe
+from trt_int8.settings import Number, PositiveInt, Section
 from trt_int8.streams import BatchStream, DataOptions, RawBatch, hash_files
 
 if TYPE_CHECKING:
@@ -27,27 +28,11 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def _fraction(value: object) -> object:
-    """Read `1/255` and YAML's `1e-3`, which PyYAML takes for text, as numbers; leave anything else to pydantic."""
-    from fractions import Fraction
-
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            return value
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Section):
     """How an image file becomes a model's input: decode, resize, crop, scale, normalize, lay out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     resize: Size | None = Field(
         default=None,
@@ -149,6 +134,12 @@ def find_images(folder: Path) -> list[LabelledImage]:
     return flat or labelled
 
 
+def is_image_folder(data: str) -> bool:
+    """Tell whether DATA names a folder of images; looks no further than the first one."""
+    folder = Path(data)
+    return folder.is_dir() and any(_is_image(path) for path in folder.rglob("*"))
+
+
 def image_stream(folder: Path, images: Sequence[LabelledImage], options: DataOptions) -> BatchStream:
     """Stream images in batches; the index of the class folder goes along under the name `options.label`.
 
@@ -191,12 +182,12 @@ def image_stream(folder: Path, images: Sequence[LabelledImage], options: DataOpt
     )
 
 
-def _image_files(paths: Iterator[Path]) -> list[Path]:
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _image_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _stack(images: Sequence[LabelledImage], preprocessing: Preprocessing, where: str) -> Array:

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 Method = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 
-AUTO_BATCH_SIZE = 32
-"""Held-back samples that are run at once where the model's batch is free: `auto` runs them hundreds of times."""
-
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:

@@ -190,7 +190,7 @@ class BenchmarkResult:
         }
 
 
-def benchmark(
+def time_side_by_side(
     runners: Sequence[Runner],
     feeds: Sequence[Batch],
     *,

@@ -1,0 +1,322 @@
+"""A reference model and its quantized candidates on the same data: how often each is right, and how far they differ.
+
+Polygraphy's `Comparator` runs the models on its own runners, all of them at once, one batch after the other, and hands
+each batch's outputs over before it takes the next; so memory does not grow with the data. Figures come from the whole
+data (`trt_int8.metrics`), Polygraphy's own verdict from its first batches (`trt_int8.polygraphy_files`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrators.protocols import Array, Track, untracked
+from engines.onnxrt import OnnxRuntimeRunner, check_feeds
+from trt_int8.errors import DataError, InferenceError, ModelError, TrtInt8Error
+from trt_int8.feeds import fixed_batch
+from trt_int8.metrics import AgreementMeter, Difference, DifferenceMeter, LabelMeter, class_axis
+from trt_int8.polygraphy_files import PolygraphyCheck, Recording, quiet_polygraphy
+
+if TYPE_CHECKING:
+    from polygraphy.comparator import RunResults
+
+    from trt_int8.data import DataBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How one model did on the data.
+
+    Attributes:
+        name: the runner's name.
+        execution: "exact" or "native", see `engines.runner.Runner`.
+        simulated: whether another machine's model was only simulated here.
+        samples: number of samples.
+        top1: samples whose label has the largest logit, per cent; None without labels.
+        top5: samples whose label is among the five largest logits, per cent; None without labels.
+    """
+
+    name: str
+    execution: str
+    simulated: bool
+    samples: int
+    top1: float | None
+    top5: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "top1": self.top1,
+            "top5": self.top5,
+            "execution": self.execution,
+            "simulated": self.simulated,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateAccuracy:
+    """How one candidate did, and how far it lies from the reference.
+
+    Attributes:
+        scores: against the labels.
+        agreement: positions where it decides as the reference does, per cent; None for a model that decides nothing.
+        difference: over all float outputs together.
+        outputs: the same for each float output.
+    """
+
+    scores: Scores
+    agreement: float | None
+    difference: Difference
+    outputs: dict[str, Difference]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, in the shape of `accuracy.json`'s candidates."""
+        return {
+            **self.scores.to_json(),
+            "agreement": self.agreement,
+            **self.difference.to_json(),
+            "outputs": {name: difference.to_json() for name, difference in self.outputs.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyResult:
+    """A comparison.
+
+    Attributes:
+        reference: the reference's own scores.
+        candidates: one row per candidate, in the order given.
+        labels: name of the array of labels; None without.
+        batches: number of batches.
+        polygraphy: Polygraphy's verdicts on the first `polygraphy_batches` batches.
+        polygraphy_batches: number of batches that it judged.
+    """
+
+    reference: Scores
+    candidates: tuple[CandidateAccuracy, ...]
+    labels: str | None
+    batches: int
+    polygraphy: tuple[PolygraphyCheck, ...]
+    polygraphy_batches: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data: the content of `accuracy.json`."""
+        return {
+            "reference": self.reference.name,
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "reference_scores": self.reference.to_json(),
+            "labels": self.labels,
+            "batches": self.batches,
+            "polygraphy": {
+                "batches": self.polygraphy_batches,
+                "checks": [check.to_json() for check in self.polygraphy],
+            },
+        }
+
+
+def compare(
+    reference: OnnxRuntimeRunner,
+    candidates: Sequence[OnnxRuntimeRunner],
+    batches: Iterable[DataBatch],
+    *,
+    labels: str | None = None,
+    total: int | None = None,
+    save_to: str | os.PathLike[str] | None = None,
+    track: Track = untracked,
+) -> AccuracyResult:
+    """Compare `candidates` with `reference` on the same batches, in one pass.
+
+    Rows that only fill up a fixed batch are left out of every figure.
+    The arg-max and the labels look at the first float output of rank 2 or more that has at least two classes; labels
+    need it to have the shape (samples, classes). Integer and boolean outputs are not compared.
+
+    Args:
+        reference: the model that the others are measured against. Runners need not be entered.
+        candidates: the other models; with the same inputs and outputs.
+        batches: the data.
+        labels: name of the array in `DataBatch.extras` that holds one class per sample; None for none.
+        total: number of batches where it is known, for the progress.
+        save_to: a run's folder, which gets `polygraphy/`; None writes nothing.
+        track: shows the progress.
+
+    Raises:
+        ModelError: a candidate has other outputs than the reference, or ONNX Runtime refuses a model.
+        DataError: no data, or labels that are missing or do not fit the model.
+        InferenceError: a model does not take the data, or fails on it.
+        FileAccessError: the folder cannot be written to.
+    """
+    models = [reference, *candidates]
+    for candidate in candidates:
+        _check_outputs(reference, candidate)
+    meters = _Meters(reference, len(candidates), labels)
+    recording = Recording(models)
+    count = 0
+    # Closed at once when something goes wrong in the loop, so that Polygraphy leaves its runners and its logger behind.
+    with closing(_run(models, recording.names, track(batches, "compare", total))) as outputs:
+        for batch, results in outputs:
+            meters.update(batch, [_real_rows(batch, reference, iterations[0]) for _, iterations in results])
+            recording.add(batch.feeds, results)
+            count += 1
+    if not count:
+        raise DataError("Cannot compare: the data gave no batches; expected at least one.")
+    if save_to is not None:
+        recording.write(save_to)
+    scores = [meters.scores(model, index) for index, model in enumerate(models)]
+    return AccuracyResult(
+        reference=scores[0],
+        candidates=tuple(meters.accuracy(index, scores[index]) for index in range(1, len(models))),
+        labels=labels,
+        batches=count,
+        polygraphy=recording.check(),
+        polygraphy_batches=recording.batches,
+    )
+
+
+def _run(
+    models: Sequence[OnnxRuntimeRunner], names: Sequence[str], batches: Iterable[DataBatch]
+) -> Generator[tuple[DataBatch, RunResults], None, None]:
+    """Yield each batch with what Polygraphy's runners made of it; valid until the next one is asked for."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+    from polygraphy.comparator import Comparator
+
+    runners = [OnnxrtRunner(model.make_session, name=name) for model, name in zip(models, names, strict=True)]
+    # Polygraphy draws from the copy, after this loop has read: what goes wrong in the data is raised here, unwrapped.
+    current, fed = itertools.tee(batches)
+    with (
+        quiet_polygraphy(),
+        closing(Comparator.run(runners, data_loader=(batch.feeds for batch in fed), streaming=True)) as stream,
+    ):
+        for batch in current:
+            for model in models:
+                # Before Polygraphy, which would cast and reshape what does not fit.
+                check_feeds(model.name, model.inputs, batch.feeds)
+            try:
+                results = next(stream)
+            except TrtInt8Error:
+                raise
+            except Exception as error:  # ONNX Runtime and Polygraphy raise classes of their own, which share no base
+                reason = str(error).strip().splitlines()
+                raise InferenceError(
+                    f"Cannot compare {', '.join(model.name for model in models)}: batch {batch.index} failed in "
+                    f"ONNX Runtime: {reason[0] if reason else type(error).__name__}"
+                ) from error
+            yield batch, results
+
+
+class _Meters:
+    """All the figures of one comparison, in the making."""
+
+    def __init__(self, reference: OnnxRuntimeRunner, candidates: int, labels: str | None) -> None:
+        self._labels = labels
+        self._floats = [spec.name for spec in reference.outputs if np.issubdtype(spec.dtype, np.floating)]
+        self._differences = [{name: DifferenceMeter() for name in self._floats} for _ in range(candidates)]
+        self._agreements = [AgreementMeter() for _ in range(candidates)]
+        self._right = [LabelMeter() for _ in range(candidates + 1)]
+        self._decisive: str | None = None
+        self._samples = 0
+
+    def update(self, batch: DataBatch, outputs: Sequence[dict[str, Array]]) -> None:
+        """Add one batch: its real rows out of every model, the reference's first."""
+        reference, *candidates = outputs
+        if self._samples == 0:
+            self._decisive = next((name for name in self._floats if _decides(reference[name])), None)
+        for name in self._floats:
+            for meters, candidate in zip(self._differences, candidates, strict=True):
+                if candidate[name].shape != reference[name].shape:
+                    raise InferenceError(
+                        f"Cannot compare output {name!r} on batch {batch.index}: a candidate gives the shape "
+                        f"{candidate[name].shape}, the reference {reference[name].shape}. Outputs whose shape depends "
+                        "on the values have no common positions; export the model without its last selection."
+                    )
+                meters[name].update(reference[name], candidate[name], batch.samples)
+        if self._decisive is not None:
+            for agreement, candidate in zip(self._agreements, candidates, strict=True):
+                agreement.update(reference[self._decisive], candidate[self._decisive])
+        if self._labels is not None:
+            classes = self._read_labels(batch, reference)
+            for right, output in zip(self._right, outputs, strict=True):
+                right.update(output[str(self._decisive)], classes)
+        self._samples += batch.samples
+
+    def scores(self, model: OnnxRuntimeRunner, index: int) -> Scores:
+        """Return the scores of the model of this index; 0 is the reference."""
+        right = self._right[index] if self._labels is not None else None
+        return Scores(
+            name=model.name,
+            execution=model.execution,
+            simulated=model.simulated,
+            samples=self._samples,
+            top1=None if right is None else right.top1(),
+            top5=None if right is None else right.top5(),
+        )
+
+    def accuracy(self, index: int, scores: Scores) -> CandidateAccuracy:
+        """Return the row of the candidate of this index, counted from 1."""
+        meters = self._differences[index - 1]
+        return CandidateAccuracy(
+            scores=scores,
+            agreement=None if self._decisive is None else self._agreements[index - 1].percent(),
+            difference=DifferenceMeter.total(meters.values()).result(),
+            outputs={name: meter.result() for name, meter in meters.items()},
+        )
+
+    def _read_labels(self, batch: DataBatch, reference: dict[str, Array]) -> NDArray[np.integer[Any]]:
+        name = str(self._labels)
+        if name not in batch.extras:
+            raise DataError(
+                f"Cannot score against the labels {name!r}: batch {batch.index} holds no such array; "
+                f"beside the inputs it holds {', '.join(sorted(batch.extras)) or 'nothing'}."
+            )
+        logits = None if self._decisive is None else reference[self._decisive]
+        if logits is None or logits.ndim != 2:
+            found = "none" if logits is None else f"{self._decisive!r} of shape {logits.shape}"
+            raise DataError(
+                f"Cannot score against the labels {name!r}: they need an output of shape (samples, classes); "
+                f"the first that classifies is {found}. Compare without labels."
+            )
+        labels = batch.extras[name]
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (batch.samples,):
+            raise DataError(
+                f"Cannot score against the labels {name!r}: batch {batch.index} holds {labels.dtype.name} "
+                f"{batch.extras[name].shape}; expected one integer per sample, ({batch.samples},)."
+            )
+        outside = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
+        if outside.size:
+            raise DataError(
+                f"Cannot score against the labels {name!r}: sample {self._samples + outside[0]} has the label "
+                f"{labels[outside[0]]}; output {self._decisive!r} has the classes 0 to {logits.shape[1] - 1}."
+            )
+        return labels
+
+
+def _check_outputs(reference: OnnxRuntimeRunner, candidate: OnnxRuntimeRunner) -> None:
+    expected = [spec.name for spec in reference.outputs]
+    found = [spec.name for spec in candidate.outputs]
+    if set(expected) != set(found):
+        raise ModelError(
+            f"Cannot compare {candidate.name} with {reference.name}: its outputs are {', '.join(found)}; "
+            f"expected {', '.join(expected)}. Compare two forms of the same model."
+        )
+
+
+def _decides(output: Array) -> bool:
+    return output.ndim >= 2 and output.shape[class_axis(output.ndim)] >= 2
+
+
+def _real_rows(batch: DataBatch, model: OnnxRuntimeRunner, outputs: Any) -> dict[str, Array]:
+    """Cut away what rows that fill up a fixed batch became; an output without that batch axis stays whole."""
+    rows = fixed_batch(model.inputs) or batch.samples
+    return {
+        name: value[: batch.samples] if value.ndim and len(value) == rows else value for name, value in outputs.items()
+    }

@@ -1,0 +1,114 @@
+"""Results on the terminal: tables on stdout, one function for each kind of result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ABSENT = "-"
+
+
+def console() -> Console:
+    """Return a console on stdout; tables are not squeezed where the output goes to a file or a pipe."""
+    out = Console()
+    return out if out.is_terminal else Console(width=max(out.width, 160))
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """Make a plain table; the first `left` columns are text, the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def benchmark_table(result: Mapping[str, Any]) -> Table:
+    """Show `benchmark.json`."""
+    columns = ("model", "median ms", "p90", "p95", "p99", "samples/s", "speed-up", "95 % interval")
+    rows = [
+        (
+            _name(row),
+            f"{row['median_ms']:.3f}",
+            f"{row['p90_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"{row['p99_ms']:.3f}",
+            f"{row['samples_per_s']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}",
+        )
+        for row in result["candidates"]
+    ]
+    return make_table(f"Speed ({result['rounds']} interleaved rounds)", columns, rows)
+
+
+def accuracy_table(result: Mapping[str, Any]) -> Table:
+    """Show `accuracy.json`."""
+    columns = ("model", "samples", "top-1 %", "top-5 %", "agreement %", "SQNR dB", "cosine", "largest error")
+    reference = result.get("reference_scores") or {}
+    rows = [
+        (
+            f"{result['reference']} (reference)",
+            number(reference.get("samples"), "d"),
+            number(reference.get("top1"), ".2f"),
+            number(reference.get("top5"), ".2f"),
+            ABSENT,
+            ABSENT,
+            ABSENT,
+            ABSENT,
+        )
+    ]
+    rows += [
+        (
+            _name(row),
+            number(row["samples"], "d"),
+            number(row["top1"], ".2f"),
+            number(row["top5"], ".2f"),
+            number(row["agreement"], ".2f"),
+            number(row["sqnr_db"], ".1f"),
+            number(row["cosine"], ".5f"),
+            number(row["max_abs"], ".4g"),
+        )
+        for row in result["candidates"]
+    ]
+    return make_table("Accuracy", columns, rows)
+
+
+def size_table(models: Sequence[Mapping[str, Any]]) -> Table:
+    """Show model sizes; the first one is the reference."""
+    types = list(dict.fromkeys(name for model in models for name in model["weight_bytes"]))
+    rows = [
+        (
+            str(model["name"]),
+            size(model["file_bytes"]),
+            f"{model['ratio']:.2f}x",
+            *(size(model["weight_bytes"].get(name, 0)) for name in types),
+        )
+        for model in models
+    ]
+    return make_table("Size", ("model", "file", "smaller", *(f"{name} weights" for name in types)), rows)
+
+
+def number(value: float | None, form: str) -> str:
+    """Format a number, or a dash where there is none."""
+    return ABSENT if value is None else format(value, form)
+
+
+def size(count: int) -> str:
+    """Format a number of bytes."""
+    if count == 0:
+        return ABSENT
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} (simulated)" if row.get("simulated") else str(row["name"])

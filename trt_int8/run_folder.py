@@ -1,0 +1,153 @@
+"""A run's folder: its manifest, and stages that are done once.
+
+`manifest.json` records the resolved configuration, versions, hardware, and for every finished stage what it was made
+from (a key) and the SHA-256 of what it wrote. It is written anew after each stage, atomically, so that a run that is
+interrupted can be resumed: a stage whose key and files are unchanged is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calibrators.files import sha256_of_file, write_text
+from trt_int8 import __version__
+from trt_int8.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+Result = TypeVar("Result")
+
+
+class RunFolder:
+    """The folder that a run writes to.
+
+    Args:
+        path: the folder; made where it is missing.
+        title: what the run is called in its report.
+        config: the resolved configuration, as plain JSON data.
+        machine: `trt_int8.machine.describe_machine()`.
+        resume: keep the stages that are done; otherwise every stage runs again and replaces its files.
+
+    Raises:
+        ConfigError: the folder holds files and no manifest, so that it is not the folder of a run.
+    """
+
+    def __init__(
+        self, path: Path, *, title: str, config: Mapping[str, Any], machine: Mapping[str, Any], resume: bool
+    ) -> None:
+        self.path = path
+        self._resume = resume
+        before = read_manifest(path) if (path / MANIFEST).is_file() else None
+        if before is None and path.is_dir() and any(not _is_part(file) for file in path.iterdir()):
+            raise ConfigError(
+                f"Cannot write a run to {str(path)!r}: the folder holds other files and no {MANIFEST}. "
+                "Name an empty or new folder with --output."
+            )
+        self._before: dict[str, Any] = (before or {}).get("stages", {})
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "tool": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "title": title,
+            "config": dict(config),
+            "machine": dict(machine),
+            "stages": {},
+            "files": {},
+        }
+        for part in path.glob(".*.part*") if path.is_dir() else ():
+            part.unlink()
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the run."""
+        return self.path / name
+
+    def stage(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        files: Sequence[str],
+        action: Callable[[], Result],
+        restore: Callable[[], Result],
+    ) -> Result:
+        """Run a stage, or restore its result from the files of a run before.
+
+        Args:
+            name: the stage.
+            key: everything that its result depends on, as plain JSON data.
+            files: the files that it writes, relative to the folder.
+            action: runs the stage.
+            restore: reads the result back from the files.
+        """
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        done = self._before.get(name)
+        if self._resume and done is not None and done["key"] == digest and self._unchanged(done["files"], files):
+            _log.info("%s: kept from the run before", name)
+            result = restore()
+            seconds = float(done["seconds"])
+        else:
+            start = time.monotonic()
+            result = action()
+            seconds = time.monotonic() - start
+        entries = {file: self._entry(file) for file in files if self.file(file).is_file()}
+        self._manifest["stages"][name] = {
+            "key": digest,
+            "seconds": round(seconds, 3),
+            "files": {file: entry["sha256"] for file, entry in entries.items()},
+        }
+        self._manifest["files"].update(entries)
+        self.write()
+        return result
+
+    def write(self) -> None:
+        """Write the manifest."""
+        write_json(self.file(MANIFEST), self._manifest)
+
+    def _unchanged(self, recorded: Mapping[str, str], files: Sequence[str]) -> bool:
+        return set(recorded) >= set(files) and all(
+            self.file(file).is_file() and sha256_of_file(self.file(file)) == digest for file, digest in recorded.items()
+        )
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        path = self.file(name)
+        return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a run.
+
+    Raises:
+        ConfigError: there is none, it is damaged, or a newer version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except OSError as error:
+        raise ConfigError(
+            f"{str(folder)!r} is not the folder of a run: {MANIFEST} cannot be read ({error})."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is damaged: {error}. Run again without --resume.") from error
+    if not known:
+        raise ConfigError(f"{str(path)!r} is not a manifest of format {FORMAT}. Name another folder with --output.")
+    return dict(manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain JSON data atomically; NaN and infinity, which JSON does not have, are a bug."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _is_part(file: Path) -> bool:
+    """Tell whether a file is what an interrupted write may have left behind."""
+    return file.name.startswith(".") and ".part" in file.name

@@ -1,0 +1,50 @@
+"""A finished run in one table: a row per model with accuracy, speed and size, and the findings in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_int8.console import ABSENT, make_table, number, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def summarize_run(folder: Path) -> tuple[Table, list[str]]:
+    """Return the table of a finished run, and lines that say what it shows."""
+    accuracy, speed, sizes = (_read(folder / name) for name in ("accuracy.json", "benchmark.json", "sizes.json"))
+    reference = accuracy["reference_scores"]
+    scores = {row["name"]: row for row in [reference, *accuracy["candidates"]]}
+    times = {row["name"]: row for row in speed["candidates"]}
+    rows = [
+        (
+            item["name"],
+            number(scores[item["name"]].get("top1"), ".2f"),
+            number(scores[item["name"]].get("agreement"), ".2f"),
+            number(scores[item["name"]].get("sqnr_db"), ".1f"),
+            *_speed(times.get(item["name"])),
+            size(item["file_bytes"]),
+            f"{item['ratio']:.2f}x",
+        )
+        for item in sizes["models"]
+    ]
+    columns = ("model", "top-1 %", "agrees with FP32 %", "SQNR dB", "median ms", "speed-up", "file", "smaller")
+    lines = [row["verdict"] for row in speed["candidates"][1:]] + list(speed["warnings"])
+    if any(row["simulated"] for row in accuracy["candidates"]):
+        lines.append(
+            "Accuracy of the tensorrt models is that of their Q/DQ nodes run as exact fake quantization by ONNX Runtime; "
+            "no GPU was measured."
+        )
+    title = f"{folder.name}: {reference['samples']} samples"
+    return make_table(title, columns, rows), lines
+
+
+def _speed(row: Mapping[str, Any] | None) -> tuple[str, str]:
+    return (ABSENT, ABSENT) if row is None else (f"{row['median_ms']:.3f}", f"{row['speedup']:.2f}x")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
