@@ -165,6 +165,10 @@ def _kind(data: bytes) -> str:
         return "JSON, perhaps ONNX Runtime's calibration.json"
     if re.match(rb"\S+ [-+0-9.eE]+\s", start):
         return "ONNX Runtime's calibration table, which holds ranges and not scales"
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return "text that is not UTF-8"
     return f"a file that starts with {start.splitlines()[0][:40]!r}"
 
 

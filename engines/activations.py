@@ -34,8 +34,9 @@ class FeedBatch(Protocol):
 def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
     """Name the tensors whose statistics are collected, in graph order.
 
-    "quantized": those that a placement for either target takes a scale from, and the graph's float outputs, which cost
-    nothing and bound the FP16 range. "all": every FP32 activation, for TensorRT's implicit path, which wants them all.
+    "quantized": those that a placement for either target takes a scale from, and the graph's float inputs and outputs,
+    which cost next to nothing and bound the FP16 range. "all": every float activation, for TensorRT's implicit path,
+    which wants them all.
 
     Raises:
         CalibrationError: nothing in the graph can be quantized.
@@ -50,7 +51,7 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
             f"{str(prepared.path)!r} holds no Conv, ConvTranspose, Gemm or MatMul with constant weights: there is "
             "nothing to quantize. Use --tensors all to calibrate its activations all the same."
         )
-    wanted |= {value.name for value in model.graph.outputs if value.name is not None}
+    wanted |= {value.name for value in [*model.graph.inputs, *model.graph.outputs] if value.name is not None}
     return [name for name in every if name in wanted]
 
 
@@ -105,23 +106,24 @@ class OnnxRuntimeActivations:
             found |= {name: np.asarray(batch.feeds[name]) for name in self.tensors if name in self._input_names}
             rows = _rows(batch.feeds)
             if rows is not None and batch.samples < rows:
-                found = {name: _real_rows(name, value, batch.samples, rows) for name, value in found.items()}
+                found = {name: self._real_rows(name, value, batch.samples, rows) for name, value in found.items()}
             yield Activations(index, batch.samples, {name: found[name] for name in self.tensors})
 
     def producer(self, tensor: str) -> str:
         """Name the node that produces `tensor`."""
         return "model input" if tensor in self._input_names else f"node {self._producers.get(tensor, '?')!r}"
 
+    def _real_rows(self, name: str, value: Array, samples: int, rows: int) -> Array:
+        """Cut the padding of a fixed-size batch away; an axis of batch * n (merged by a reshape) keeps its order."""
+        if value.ndim == 0 or (name in self._input_names and value.shape[0] != rows):
+            return value  # it has no rows, so no padding either
+        if value.shape[0] % rows:
+            raise CalibrationError(
+                f"Cannot keep the padding of the last batch out of {name!r}: its shape {value.shape} does not start "
+                f"with the batch of {rows}. Give a number of samples that is a multiple of {rows}."
+            )
+        return value[: value.shape[0] // rows * samples]
+
 
 def _rows(feeds: Mapping[str, Array]) -> int | None:
     return next((value.shape[0] for value in feeds.values() if value.ndim), None)
-
-
-def _real_rows(name: str, value: Array, samples: int, rows: int) -> Array:
-    """Cut the padding of a fixed-size batch away; an axis of batch * n (a reshape that merged axes) keeps its order."""
-    if value.ndim == 0 or value.shape[0] % rows:
-        raise CalibrationError(
-            f"Cannot keep the padding of the last batch out of {name!r}: its shape {value.shape} does not start with "
-            f"the batch of {rows}. Give a number of samples that is a multiple of {rows}."
-        )
-    return value[: value.shape[0] // rows * samples]

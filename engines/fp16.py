@@ -2,10 +2,9 @@
 
 FP16 ends at 65504. ONNX Runtime's converter turns a whole FP32 graph into FP16 and keeps the nodes of a block list in
 FP32; this module decides that list: a node stays FP32 when one of its weights, or a value that it reads or writes,
-would leave the range. Values are taken from the calibration where it saw them. For tensors in between (the output of a
-convolution before its Relu, say), a bound follows from interval arithmetic: |W x + b| <= sum |W| * amax(x) + |b|. A
-value whose bound stays inside the range is safe; one that may leave it is held in FP32. No pass over the data is
-needed beside the calibration's.
+would leave the range. Values are taken from the calibration where it saw them, and bounded from those elsewhere
+(`engines.magnitude`): a value whose bound stays inside the range is safe; one that may leave it is held in FP32. No
+pass over the data is needed beside the calibration's.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx.helper
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from engines.graph import PreparedModel, constant_array, is_activation, quiet
+from engines.magnitude import magnitude_bounds
 from engines.onnxrt import PRECISION_KEY
-from engines.placement import clip_bounds, operands, weight_axis
 
 FP16_MAX = 65504.0
 """Largest finite FP16 number."""
@@ -79,40 +80,32 @@ def convert_to_fp16(prepared: PreparedModel, amax: Mapping[str, float]) -> Fp16M
         converted: onnx.ModelProto = convert_float_to_float16(
             proto, keep_io_types=True, node_block_list=[node.node for node in held], disable_shape_infer=False
         )
-    for key, value in {PRECISION_KEY: "fp16"}.items():
-        entry = converted.metadata_props.add()
-        entry.key, entry.value = key, value
+    converted = _mended(converted, {node.name for node in prepared.proto.graph.node})
+    metadata = {entry.key: entry.value for entry in converted.metadata_props}
+    onnx.helper.set_model_props(converted, metadata | {PRECISION_KEY: "fp16"})
     return Fp16Model(converted, held, len(prepared.proto.graph.node))
 
 
 def held_in_fp32(prepared: PreparedModel, amax: Mapping[str, float]) -> tuple[HeldNode, ...]:
-    """Decide which nodes stay FP32: those with a weight or value that leaves, or may leave, the FP16 range."""
+    """Decide which nodes stay FP32: those with a weight or value that leaves, or may leave, the FP16 range.
+
+    Nodes with a branch or loop body stay FP32 as a whole, since no calibration sees inside, and so do the operators
+    that the converter always leaves alone.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
+
     model = prepared.ir()
     bounds = magnitude_bounds(model, amax)
     held: list[HeldNode] = []
     for node in model.graph:
         reason = _too_large(node, bounds, amax)
+        if _subgraphs(node):
+            reason = "the values inside its branches or loop body are not calibrated"
+        elif reason is None and node.op_type in DEFAULT_OP_BLOCK_LIST and any(map(is_activation, node.inputs)):
+            reason = f"ONNX Runtime's converter has no FP16 form of {node.op_type}"
         if reason is not None:
             held.append(HeldNode(node.name or "", node.op_type, reason))
     return tuple(held)
-
-
-def magnitude_bounds(model: ir.Model, amax: Mapping[str, float]) -> dict[str, float]:
-    """Return an upper bound of |x| for every float activation: what calibration saw, or what interval arithmetic says.
-
-    Operators without a rule give infinity, except that a measured value downstream of one that passes magnitudes on
-    unchanged bounds nothing upstream: the bound is one-way, from inputs to outputs.
-    """
-    bounds: dict[str, float] = {}
-    for value in model.graph.inputs:
-        bounds[str(value.name)] = amax.get(str(value.name), math.inf)
-    for node in model.graph:
-        for output in node.outputs:
-            if not output.name:
-                continue
-            seen = amax.get(output.name)
-            bounds[output.name] = seen if seen is not None else _bound(node, bounds)
-    return bounds
 
 
 def _too_large(node: ir.Node, bounds: Mapping[str, float], amax: Mapping[str, float]) -> str | None:
@@ -134,68 +127,72 @@ def _too_large(node: ir.Node, bounds: Mapping[str, float], amax: Mapping[str, fl
     return None
 
 
-def _bound(node: ir.Node, bounds: Mapping[str, float]) -> float:
-    """Bound the magnitude of a node's outputs from those of its inputs."""
-    sources = [_operand(value, bounds) for value in node.inputs]
-    kind = node.op_type
-    if kind in _PRESERVING or (kind == "Pad" and len(sources) < 3):
-        return sources[0]
-    if kind in _LIMITED:
-        return _LIMITED[kind]
-    if kind == "Clip":
-        low, high = clip_bounds(node)
-        limit = max(abs(low), abs(high)) if low is not None and high is not None else math.inf
-        return min(sources[0], limit)
-    if kind in ("Add", "Sub", "Sum"):
-        return sum(sources)
-    if kind == "Mul":
-        return math.prod(sources)
-    if kind in ("Concat", "Max", "Min", "Where", "Pad"):
-        return max(sources[1:] if kind == "Where" else sources[::2] if kind == "Pad" else sources)
-    if kind in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return _weighted_bound(node, sources)
-    return math.inf
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return graphs
 
 
-_PRESERVING = frozenset(
-    {
-        "Abs", "AveragePool", "Cast", "DepthToSpace", "Dropout", "Elu", "Expand", "Flatten", "Gather", "Gelu",
-        "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "Identity", "LeakyRelu", "MaxPool", "Neg", "ReduceMax",
-        "ReduceMean", "ReduceMin", "Relu", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
-        "Transpose", "Unsqueeze",
-    }
-)  # fmt: skip
-"""Operators that do not make the largest magnitude larger (Elu by at most alpha, which is 1 by default)."""
+def _mended(converted: onnx.ModelProto, originals: set[str]) -> onnx.ModelProto:
+    """Mend what the converter leaves around the nodes that stay FP32.
 
-_LIMITED = {"Sigmoid": 1.0, "HardSigmoid": 1.0, "Tanh": 1.0, "Softmax": 1.0, "Erf": 1.0, "Softsign": 1.0, "Sin": 1.0}
+    It writes the same cast once per reader, appends casts behind the nodes that read them, takes a value from one FP32
+    node to the next (or from an FP32 input, or to an FP32 output) through FP16, where it would overflow, and forgets
+    that branches and loop bodies read values from outside.
+
+    Args:
+        converted: the converter's result.
+        originals: names of the nodes of the FP32 model; other Casts are the converter's.
+    """
+    _drop_doubles(converted)
+    model = ir.from_proto(converted)
+    graph = model.graph
+    graph.sort()
+    added = [node for node in graph if node.op_type == "Cast" and node.name not in originals]
+    for node in added:
+        half = node.inputs[0]
+        source = half.producer() if half is not None else None
+        if source is None or source not in added or node.outputs[0].dtype != ir.DataType.FLOAT:
+            continue
+        if node.outputs[0].is_graph_output():
+            node.replace_input_with(0, source.inputs[0])
+        elif source.inputs[0] is not None:
+            node.outputs[0].replace_all_uses_with(source.inputs[0])
+    widened: dict[ir.Value, ir.Value] = {}
+    for inner in ir.traversal.RecursiveGraphIterator(graph):
+        for index, value in enumerate(inner.inputs):
+            if inner.graph is graph or value is None or value.graph is not graph:
+                continue
+            if value.dtype == ir.DataType.FLOAT16:
+                if value not in widened:
+                    widened[value] = _widen(graph, value)
+                inner.replace_input_with(index, widened[value])
+    RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
 
 
-def _weighted_bound(node: ir.Node, sources: list[float]) -> float:
-    data, weight = operands(node)
-    constant = constant_array(node.inputs[weight])
-    if constant is None:
-        return math.inf
-    array = np.abs(constant.numpy().astype(np.float64))
-    axis = weight_axis(node)
-    if axis is None or node.op_type == "ConvTranspose":
-        total = float(array.sum())
+def _drop_doubles(model: onnx.ModelProto) -> None:
+    """Keep the first of several nodes that write the same tensor; the converter's doubles are alike."""
+    written: set[str] = set()
+    for index in reversed(range(len(model.graph.node))):
+        output = model.graph.node[index].output[:1]
+        if written.issuperset(output):
+            del model.graph.node[index]
+        written.update(output)
+
+
+def _widen(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Add a cast to FP32 behind a value."""
+    node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}_widened")
+    real = node.outputs[0]
+    real.name, real.shape, real.dtype = f"{value.name}_widened", value.shape, ir.DataType.FLOAT
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
     else:
-        total = float(array.sum(axis=tuple(other for other in range(array.ndim) if other != axis)).max())
-    bias = sources[2] if len(sources) > 2 else 0.0
-    alpha = node.attributes.get("alpha")
-    beta = node.attributes.get("beta")
-    if node.op_type == "Gemm":
-        total *= abs(alpha.as_float()) if alpha is not None else 1.0
-        bias *= abs(beta.as_float()) if beta is not None else 1.0
-    return total * sources[data] + bias if total else bias
-
-
-def _operand(value: ir.Value | None, bounds: Mapping[str, float]) -> float:
-    if value is None:
-        return 0.0
-    constant = constant_array(value)
-    if constant is not None:
-        if constant.size == 0 or constant.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
-            return 0.0
-        return float(np.abs(constant.numpy()).max())
-    return bounds.get(str(value.name), math.inf)
+        graph.insert_after(producer, node)
+    return real

@@ -20,7 +20,6 @@ import onnx
 import onnx.inliner
 import onnx.numpy_helper
 import onnx.shape_inference
-import onnx.version_converter
 import onnx_ir as ir
 import onnxslim
 
@@ -28,19 +27,11 @@ from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError, UnsupportedModelError
 from engines.onnxrt import load_header, tensor_specs
+from engines.opset import MINIMUM_OPSET, RAISED_OPSET, check_operators, nested_graphs, opset_of, raise_opset
 from engines.size import external_files
-
-MINIMUM_OPSET = 19
-"""First opset in which the scale of Q/DQ may be FP16, which INT8 beside FP16 needs under strong typing."""
-
-RAISED_OPSET = 20
-"""The opset that older graphs are raised to."""
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 """Protobuf's limit for one message, less a margin for everything beside the weights."""
-
-RUNNABLE_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
-"""Operator domains that ONNX Runtime brings along; others need an extension library."""
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -95,9 +86,16 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
         raise ModelError(f"Cannot read the model {str(file)!r}: {line}. Export it again.") from error
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    _check_operators(model, file)
-    model = _raised(model, file)
     _drop_initializers_from_inputs(model)
+    opset = opset_of(model, file)
+    check_operators(model, opset, file)
+    if opset < MINIMUM_OPSET:
+        if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
+            raise UnsupportedModelError(
+                f"{str(file)!r} has opset {opset} and is larger than 2 GB, which ONNX's version converter cannot hold; "
+                f"opset {MINIMUM_OPSET} or above is needed. Export it again with opset {RAISED_OPSET}."
+            )
+        model = raise_opset(model, opset, file)
     model = _simplified(model, file)
     _drop_notes(model)
     _name_nodes(model)
@@ -148,9 +146,16 @@ def name_of(value: ir.Value) -> str:
 
 
 def float_activations(model: ir.Model) -> list[str]:
-    """Return the names of all FP32 activations of the main graph, inputs first, then in the order of the nodes."""
+    """Return the names of all float activations of the main graph, inputs first, then in the order of the nodes.
+
+    BFLOAT16 is left out: numpy has no such type, so ONNX Runtime cannot hand it out.
+    """
     values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
-    return [name_of(value) for value in values if value.name and is_activation(value)]
+    return [
+        name_of(value)
+        for value in values
+        if value.name and is_activation(value) and value.dtype != ir.DataType.BFLOAT16
+    ]
 
 
 @contextlib.contextmanager
@@ -163,80 +168,6 @@ def quiet() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
-
-
-def _raised(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset >= MINIMUM_OPSET:
-        return model
-    if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
-        raise UnsupportedModelError(
-            f"{str(file)!r} has opset {opset} and is larger than 2 GB, which ONNX's version converter cannot hold; "
-            f"opset {MINIMUM_OPSET} or above is needed. Export it again with opset {RAISED_OPSET}."
-        )
-    _drop_initializers_from_inputs(model)
-    try:
-        with quiet():
-            raised = onnx.version_converter.convert_version(model, RAISED_OPSET)
-    except Exception as error:  # the converter raises RuntimeError and its own ConvertError
-        found = " ".join(str(error).split()).rpartition("failed: ")[2].rstrip(".")
-        raise UnsupportedModelError(
-            f"{str(file)!r} has opset {opset} and cannot be raised to {RAISED_OPSET}: {_stumbling_block(model, opset)} "
-            f"cannot be converted ({found}). Export it again with opset {RAISED_OPSET}."
-        ) from error
-    raised.ir_version = max(model.ir_version, 10)
-    return raised
-
-
-def _stumbling_block(model: onnx.ModelProto, opset: int) -> str:
-    """Name the operators of the model that change in the first opset that it cannot be raised to."""
-    for version in range(opset + 1, RAISED_OPSET + 1):
-        try:
-            with quiet():
-                model = onnx.version_converter.convert_version(model, version)
-        except Exception:  # the failing step is what is looked for, whatever it raises
-            operators = {node.op_type for graph in _graphs(model.graph) for node in graph.node if node.domain == ""}
-            changed = [
-                name for name in sorted(operators) if onnx.defs.get_schema(name, version).since_version == version
-            ]
-            return " or ".join(changed) or "an operator"
-    return "an operator"
-
-
-def _check_operators(model: onnx.ModelProto, file: Path) -> None:
-    """Refuse operators that neither ONNX nor ONNX Runtime knows, by name, before anything is spent on the graph."""
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    if opset is None:
-        domains = ", ".join(entry.domain for entry in model.opset_import)
-        raise UnsupportedModelError(
-            f"{str(file)!r} uses no standard ONNX operators (domains: {domains}); there is nothing to quantize in it."
-        )
-    newest = onnx.defs.onnx_opset_version()
-    if opset > newest:
-        raise UnsupportedModelError(
-            f"{str(file)!r} has opset {opset}; the installed onnx knows opsets up to {newest}. "
-            f"Export it again with opset {RAISED_OPSET}, or install a newer onnx."
-        )
-    for node in (node for graph in _graphs(model.graph) for node in graph.node):
-        if node.domain not in RUNNABLE_DOMAINS:
-            raise UnsupportedModelError(
-                f"{str(file)!r} holds the operator {node.op_type} of the domain {node.domain!r}, which needs an "
-                "extension library to run. Cut the graph there, or export it with standard ONNX operators."
-            )
-        if node.domain not in ("", "ai.onnx"):
-            continue
-        try:
-            schema = onnx.defs.get_schema(node.op_type, opset)
-        except onnx.defs.SchemaError as error:
-            raise UnsupportedModelError(
-                f"{str(file)!r} holds the operator {node.op_type}, which ONNX opset {opset} does not have. "
-                f"Export it again with opset {RAISED_OPSET}."
-            ) from error
-        if schema.deprecated:
-            raise UnsupportedModelError(
-                f"{str(file)!r} holds the operator {node.op_type}, which was removed before its opset {opset}. "
-                f"Export it again with opset {RAISED_OPSET}."
-            )
 
 
 def _check(model: onnx.ModelProto, file: Path) -> None:
@@ -284,18 +215,8 @@ def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
         model.ir_version = max(model.ir_version, 4)
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Walk through a graph and the graphs inside its nodes (If, Loop, Scan)."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-            for subgraph in inner:
-                yield from _graphs(subgraph)
-
-
 def _drop_notes(model: onnx.ModelProto) -> None:
-    for graph in _graphs(model.graph):
+    for graph in nested_graphs(model.graph):
         for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
             item.ClearField("doc_string")
             item.ClearField("metadata_props")
@@ -307,7 +228,7 @@ def _drop_notes(model: onnx.ModelProto) -> None:
 def _name_nodes(model: onnx.ModelProto) -> None:
     """Give unnamed nodes and doubles a unique name, made from the first output: unique, and known to the user."""
     taken: set[str] = set()
-    for node in (node for graph in _graphs(model.graph) for node in graph.node):
+    for node in (node for graph in nested_graphs(model.graph) for node in graph.node):
         if not node.name or node.name in taken:
             first = next((output for output in node.output if output), "")
             name = candidate = f"{node.op_type}:{first}"

@@ -25,9 +25,12 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 COMMUTING = (
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Slice", "MaxPool", "Pad", "Split", "Expand",
-    "DepthToSpace", "SpaceToDepth", "Dropout",
+    "DepthToSpace", "SpaceToDepth", "Dropout", "Resize",
 )  # fmt: skip
-"""Operators that move or select values without computing new ones: quantizing before or after them is the same."""
+"""Operators that move or select values without computing new ones: quantizing before or after them is the same.
+
+Pad and Resize do so in some of their modes only: `commutes` decides.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class ActivationPoint:
         unsigned: stored as uint8, with zero point 0 where the tensor is never negative and 128 elsewhere; else int8.
         nonnegative: the graph itself guarantees values >= 0.
         divisor: scale = amax / divisor: 127, or 255 where an upper clip has to coincide with the largest code.
+        ceiling: that clip; amax counts up to there.
     """
 
     tensor: str
@@ -54,6 +58,7 @@ class ActivationPoint:
     unsigned: bool = False
     nonnegative: bool = False
     divisor: int = 127
+    ceiling: float | None = None
 
     @property
     def zero_point(self) -> int:
@@ -191,10 +196,13 @@ def commutes(node: ir.Node) -> bool:
     """Tell whether a node only moves or selects the values of its first input."""
     if node.op_type not in COMMUTING or node.domain != "":
         return False
+    if node.op_type == "Resize":
+        return _attribute(node, "mode", "nearest") == "nearest" and (
+            _attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
+        )
     if node.op_type != "Pad":
         return True
-    mode = node.attributes.get("mode")
-    if mode is not None and mode.as_string() != "constant":
+    if _attribute(node, "mode", "constant") != "constant":
         return True
     fill = node.inputs[2] if len(node.inputs) > 2 else None
     if fill is None:
@@ -287,6 +295,11 @@ def _nonnegative_operand(value: ir.Value) -> bool:
     if constant is not None:
         return bool((constant.numpy() >= 0).all())
     return never_negative(value)
+
+
+def _attribute(node: ir.Node, name: str, default: str) -> str:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_string()
 
 
 def _int_attribute(node: ir.Node, name: str, default: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from engines.graph import is_activation, name_of
+from engines.graph import constant_array, is_activation, name_of
 from engines.placement import (
     ActivationPoint,
     Placement,
@@ -83,7 +83,8 @@ def tail(value: ir.Value) -> ir.Value:
     fuses = consumer.op_type == "Relu"
     if consumer.op_type == "Clip" and consumer.inputs[0] is value:
         low, high = clip_bounds(consumer)
-        fuses = low == 0.0 and high is not None and high > 0
+        unlimited = len(consumer.inputs) < 3 or consumer.inputs[2] is None
+        fuses = low == 0.0 and (unlimited or (high is not None and high > 0))
     return consumer.outputs[0] if fuses else value
 
 
@@ -98,8 +99,10 @@ def _carry(
         return
     if commutes(node):
         source = node.inputs[0]
-        if source is not None and name_of(source) in rules and _reaches_quantized(node.outputs[0], chosen):
-            want(node.outputs[0], "commuting", f"{node.op_type} moves INT8 values on, with the scale of its input")
+        if source is not None and name_of(source) in rules:
+            for output in node.outputs:
+                if _reaches_quantized(output, chosen):
+                    want(output, "commuting", f"{node.op_type} moves INT8 values on, with the scale of its input")
         return
     if node.op_type not in CARRIERS:
         return
@@ -118,7 +121,7 @@ def _reaches_quantized(value: ir.Value, chosen: set[str | None]) -> bool:
     return any(
         node.name in chosen
         or node.op_type in CARRIERS
-        or (commutes(node) and index == 0 and _reaches_quantized(node.outputs[0], chosen))
+        or (commutes(node) and index == 0 and any(_reaches_quantized(output, chosen) for output in node.outputs))
         for node, index in main_graph_uses(value)
     )
 
@@ -126,9 +129,8 @@ def _reaches_quantized(value: ir.Value, chosen: set[str | None]) -> bool:
 def _point(value: ir.Value, rule: str, reason: str) -> ActivationPoint:
     nonnegative = never_negative(value)
     producer = root(value).producer()
-    clipped = (
-        nonnegative and producer is not None and producer.op_type == "Clip" and clip_bounds(producer)[1] is not None
-    )
+    clipped = nonnegative and producer is not None and producer.op_type == "Clip"
+    ceiling = clip_bounds(producer)[1] if clipped and producer is not None else None
     return ActivationPoint(
         tensor=name_of(value),
         scale_of=scale_tensor(value),
@@ -137,7 +139,8 @@ def _point(value: ir.Value, rule: str, reason: str) -> ActivationPoint:
         reason=reason,
         unsigned=True,
         nonnegative=nonnegative,
-        divisor=255 if clipped else 127,
+        divisor=127 if ceiling is None else 255,
+        ceiling=ceiling,
     )
 
 
@@ -147,8 +150,21 @@ def _weight(node: ir.Node) -> WeightPoint:
     if source is None:
         raise AssertionError(f"{node.name} has no data input")
     # The integer convolution and Gemm add an INT32 bias of scale s_x * s_w; a float one would keep them float.
-    bias = scale_tensor(source) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
+    bias = scale_tensor(source) if _has_channel_bias(node) else None
     return WeightPoint(node.name or "", weight, weight_axis(node), bias)
+
+
+def _has_channel_bias(node: ir.Node) -> bool:
+    """Tell whether a Conv or Gemm adds one constant for each output channel, and scales neither part."""
+    if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
+        return False
+    if any(node.attributes[name].as_float() != 1.0 for name in ("alpha", "beta") if name in node.attributes):
+        return False
+    weight, bias, axis = constant_array(node.inputs[1]), constant_array(node.inputs[2]), weight_axis(node)
+    if weight is None or bias is None or axis is None or bias.dtype != ir.DataType.FLOAT:
+        return False
+    *leading, last = bias.shape.numpy() or (0,)
+    return all(length == 1 for length in leading) and last in (1, weight.shape.numpy()[axis])
 
 
 def _in_graph_order(model: ir.Model, rules: dict[str, tuple[ir.Value, str, str]]) -> list[str]:

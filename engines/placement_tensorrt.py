@@ -53,11 +53,12 @@ def place_for_tensorrt(model: ir.Model, *, residual: Residual = "int8", exclude:
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
     """
     chosen, decisions = weighted_nodes(model, exclude)
+    quantized = {node.name for node in chosen}
     pairs: dict[str, _Pair] = {}
     weights: list[WeightPoint] = []
     for node in chosen:
         data, weight = operands(node)
-        edge_node, index = _before_pads(node, data)
+        edge_node, index = _before_pads(node, data, quantized)
         value = edge_node.inputs[index]
         if value is None:
             raise AssertionError(f"{node.name} has no data input")
@@ -67,7 +68,6 @@ def place_for_tensorrt(model: ir.Model, *, residual: Residual = "int8", exclude:
         _add(pairs, value, edge_node, index, rule, reason)
         weights.append(WeightPoint(node.name or "", weight, weight_axis(node)))
     if residual == "int8":
-        quantized = {node.name for node in chosen}
         for node in model.graph:
             skip = residual_input(node, quantized)
             if skip is not None:
@@ -87,13 +87,15 @@ def residual_input(node: ir.Node, quantized: set[str | None]) -> int | None:
     """Return the index of the skip input of a residual Add, or None where `node` is none.
 
     One input of a residual Add comes straight from a quantized convolution that nothing else reads: the branch. The
-    other one is the skip. Where both inputs are such convolutions (a projection shortcut), the one with the longer way
-    back to the common ancestor is the branch.
+    other one, of the same shape, is the skip; an Add that broadcasts does not fuse. Where both inputs are such
+    convolutions (a projection shortcut), the one with the longer way back to the common ancestor is the branch.
     """
     if node.op_type != "Add" or node.domain != "" or len(node.inputs) != 2:
         return None
     left, right = node.inputs
     if left is None or right is None or left is right or not (is_activation(left) and is_activation(right)):
+        return None
+    if not _may_be_alike(left.shape, right.shape):
         return None
     branches = [_is_branch(value, quantized) for value in (left, right)]
     if branches == [True, True]:
@@ -145,15 +147,39 @@ def _distances(value: ir.Value, limit: int = 400) -> dict[str, int]:
     return distances
 
 
-def _before_pads(node: ir.Node, index: int) -> tuple[ir.Node, int]:
-    """Move an edge back across the Pads right before a convolution."""
+def _may_be_alike(left: ir.Shape | None, right: ir.Shape | None) -> bool:
+    """Tell whether two shapes can be the same, as far as they are known."""
+    if left is None or right is None:
+        return True
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and not any(
+        isinstance(one, int) and isinstance(other, int) and one != other for one, other in pairs
+    )
+
+
+def _before_pads(node: ir.Node, index: int, quantized: set[str | None]) -> tuple[ir.Node, int]:
+    """Move an edge back across the Pads right before a convolution, where they serve quantized convolutions alone."""
     while node.op_type in ("Conv", "ConvTranspose", "Pad"):
         value = node.inputs[index]
         producer = value.producer() if value is not None else None
-        if producer is None or producer.op_type != "Pad" or not commutes(producer):
+        if value is None or producer is None or producer.op_type != "Pad" or not commutes(producer):
+            break
+        if not _feeds_only(value, quantized):
             break
         node, index = producer, 0
     return node, index
+
+
+def _feeds_only(value: ir.Value, quantized: set[str | None]) -> bool:
+    """Tell whether a value reaches nothing but quantized convolutions, directly or across further Pads."""
+    return not value.is_graph_output() and all(
+        use.idx == 0
+        and (
+            (use.node.op_type in ("Conv", "ConvTranspose") and use.node.name in quantized)
+            or (use.node.op_type == "Pad" and commutes(use.node) and _feeds_only(use.node.outputs[0], quantized))
+        )
+        for use in value.uses()
+    )
 
 
 def _add(pairs: dict[str, _Pair], value: ir.Value, node: ir.Node, index: int, rule: str, reason: str) -> None:

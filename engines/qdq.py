@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from calibrators.numerics import quantize_weights
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibrators.errors import CalibrationError
+from calibrators.numerics import quantize_weights
 from calibrators.protocols import Array
 from engines.graph import PreparedModel, constant_array, name_of
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
@@ -85,16 +85,22 @@ def insert_qdq(
 
 def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
     """Return the scale of a pair: amax / divisor, from the calibrated amax / 127, in float32's grid."""
-    return float(np.float32(scales[point.scale_of] * 127 / point.divisor))
+    if point.divisor == 127:
+        return float(np.float32(scales[point.scale_of]))
+    amax = scales[point.scale_of] * 127
+    return float(np.float32((amax if point.ceiling is None else min(amax, point.ceiling)) / point.divisor))
 
 
 class _Writer:
-    """Writes into one graph, and shares what several nodes read."""
+    """Writes into one graph, shares what several nodes read, and gives everything a name of its own."""
 
     def __init__(self, graph: ir.Graph, weight_range: int) -> None:
         self._graph = graph
         self._weight_range = weight_range
         self._weights: dict[tuple[str, int | None, str | None], ir.Value] = {}
+        nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+        values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
+        self._names = {value.name for value in values} | {node.name for node in nodes}
 
     def activation(
         self, value: ir.Value, point: ActivationPoint, scale: float, nodes: Mapping[str | None, ir.Node]
@@ -108,19 +114,20 @@ class _Writer:
             edges = [(nodes[node], index) for node, index in point.uses]
         is_output = point.uses is None and value.is_graph_output()
         if is_output:
-            value.name = f"{name}_unquantized"
+            value.name = self._name(f"{name}_unquantized")
         scale_value = self._constant(f"{name}_scale", np.asarray(scale, np.float32))
         zero_point = self._constant(f"{name}_zero_point", np.asarray(point.zero_point, dtype))
-        quantize = ir.node("QuantizeLinear", [value, scale_value, zero_point], name=f"{name}_QuantizeLinear")
+        quantize = self._node("QuantizeLinear", [value, scale_value, zero_point], name)
         code = quantize.outputs[0]
-        code.name, code.shape, code.dtype = f"{name}_quantized", value.shape, ir.DataType.from_numpy(np.dtype(dtype))
-        dequantize = ir.node("DequantizeLinear", [code, scale_value, zero_point], name=f"{name}_DequantizeLinear")
+        code.name = self._name(f"{name}_quantized")
+        code.shape, code.dtype = value.shape, ir.DataType.from_numpy(np.dtype(dtype))
+        dequantize = self._node("DequantizeLinear", [code, scale_value, zero_point], name)
         real = dequantize.outputs[0]
-        real.name, real.shape, real.dtype = name if is_output else f"{name}_dequantized", value.shape, ir.DataType.FLOAT
+        real.name = name if is_output else self._name(f"{name}_dequantized")
+        real.shape, real.dtype = value.shape, ir.DataType.FLOAT
         producer = value.producer()
         if producer is None:
-            first = self._graph[0]
-            self._graph.insert_before(first, [quantize, dequantize])
+            self._graph.insert_before(self._graph[0], [quantize, dequantize])
         else:
             self._graph.insert_after(producer, [quantize, dequantize])
         for node, index in edges:
@@ -132,59 +139,64 @@ class _Writer:
     def weight(self, node: ir.Node, point: WeightPoint, activation_scale: float | None) -> None:
         """Store a weight (and, where `activation_scale` is given, the bias) as integers."""
         value = node.inputs[point.index]
-        if value is None:
-            raise AssertionError(f"{node.name} has no weight")
-        bias = node.inputs[2] if activation_scale is not None else None
-        bias_constant = constant_array(bias)
-        key = (name_of(value), point.axis, node.name if bias_constant is not None else None)
+        constant = constant_array(value)
+        if value is None or constant is None:
+            raise AssertionError(f"the weight of {node.name} is no constant")
+        bias = constant_array(node.inputs[2]) if activation_scale is not None else None
+        # The bias of a node bounds the scales of its weight, so such a weight is shared with no other node.
+        key = (name_of(value), point.axis, None if bias is None else node.name)
         if key in self._weights:
             node.replace_input_with(point.index, self._weights[key])
             return
-        constant = constant_array(value)
-        if constant is None:
-            raise AssertionError(f"the weight of {node.name} is no constant")
         array = constant.numpy()
         minimum_scale: Array | None = None
-        if bias_constant is not None and activation_scale is not None:
+        bias_array: Array | None = None
+        if bias is not None and activation_scale is not None and point.axis is not None:
+            bias_array = np.broadcast_to(bias.numpy().astype(np.float64).reshape(-1), (array.shape[point.axis],))
             # A bias code must fit INT32: bias / (s_x * s_w) <= 2^31 - 1 bounds the weight's scale from below.
-            minimum_scale = np.abs(bias_constant.numpy().astype(np.float64)) / (activation_scale * INT32_LIMIT)
+            minimum_scale = np.abs(bias_array) / (activation_scale * INT32_LIMIT)
         codes, scale = quantize_weights(array, point.axis, limit=self._weight_range, minimum_scale=minimum_scale)
-        stem = name_of(value) if key not in self._weights and not self._taken(name_of(value)) else f"{node.name}_weight"
-        real = self._dequantized(node, stem, codes, scale, point.axis)
+        real = self._dequantized(node, name_of(value), codes, scale, point.axis)
         self._weights[key] = real
         node.replace_input_with(point.index, real)
-        if bias is not None and bias_constant is not None and activation_scale is not None:
+        if bias_array is not None and activation_scale is not None:
             bias_scale = np.float64(activation_scale) * scale.astype(np.float64)
-            bias_array = bias_constant.numpy().astype(np.float64)
             bias_codes = np.clip(np.rint(bias_array / bias_scale), -INT32_LIMIT, INT32_LIMIT).astype(np.int32)
-            axis = 0 if scale.ndim else None
-            dequantized = self._dequantized(node, f"{node.name}_bias", bias_codes, bias_scale.astype(np.float32), axis)
-            node.replace_input_with(2, dequantized)
+            stem = f"{node.name}_bias"
+            node.replace_input_with(2, self._dequantized(node, stem, bias_codes, bias_scale.astype(np.float32), 0))
 
     def _dequantized(self, reader: ir.Node, stem: str, codes: Array, scale: Array, axis: int | None) -> ir.Value:
         """Write codes, scale, zero point and a DequantizeLinear before `reader`; return the real value."""
         quantized = self._constant(f"{stem}_quantized", codes)
         scale_value = self._constant(f"{stem}_scale", scale)
         zero_point = self._constant(f"{stem}_zero_point", np.zeros(scale.shape, codes.dtype))
-        node = ir.node(
-            "DequantizeLinear",
-            [quantized, scale_value, zero_point],
-            attributes={"axis": axis} if axis is not None else {},
-            name=f"{stem}_DequantizeLinear",
-        )
+        attributes = {"axis": axis} if axis is not None else {}
+        node = self._node("DequantizeLinear", [quantized, scale_value, zero_point], stem, attributes)
         real = node.outputs[0]
-        real.name, real.shape, real.dtype = f"{stem}_dequantized", ir.Shape(codes.shape), ir.DataType.FLOAT
+        real.name, real.shape, real.dtype = self._name(f"{stem}_dequantized"), ir.Shape(codes.shape), ir.DataType.FLOAT
         self._graph.insert_before(reader, node)
         return real
 
-    def _constant(self, name: str, array: Array) -> ir.Value:
+    def _node(
+        self, op_type: str, inputs: list[ir.Value], stem: str, attributes: Mapping[str, int] | None = None
+    ) -> ir.Node:
+        return ir.node(op_type, inputs, attributes=attributes or {}, name=self._name(f"{stem}_{op_type}"))
+
+    def _constant(self, stem: str, array: Array) -> ir.Value:
+        name = self._name(stem)
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
         self._graph.register_initializer(value)
         return value
 
-    def _taken(self, stem: str) -> bool:
-        return f"{stem}_quantized" in self._graph.initializers
+    def _name(self, stem: str) -> str:
+        """Return `stem`, or the first of stem_2, stem_3, ... that the graph does not hold."""
+        name, number = stem, 1
+        while name in self._names:
+            number += 1
+            name = f"{stem}_{number}"
+        self._names.add(name)
+        return name
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

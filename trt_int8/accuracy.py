@@ -7,8 +7,8 @@ data (`trt_int8.metrics`), Polygraphy's own verdict from its first batches (`trt
 
 from __future__ import annotations
 
-import itertools
 import os
+from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrators.protocols import Array, Track, untracked
+from calibrators.protocols import Array, Batch, Track, untracked
 from engines.onnxrt import OnnxRuntimeRunner, check_feeds
 from trt_int8.errors import DataError, InferenceError, ModelError, TrtInt8Error
 from trt_int8.feeds import fixed_batch
@@ -189,27 +189,36 @@ def _run(
     from polygraphy.comparator import Comparator
 
     runners = [OnnxrtRunner(model.make_session, name=name) for model, name in zip(models, names, strict=True)]
-    # Polygraphy draws from the copy, after this loop has read: what goes wrong in the data is raised here, unwrapped.
-    current, fed = itertools.tee(batches)
-    with (
-        quiet_polygraphy(),
-        closing(Comparator.run(runners, data_loader=(batch.feeds for batch in fed), streaming=True)) as stream,
-    ):
-        for batch in current:
+    # Polygraphy draws its inputs from here, after this loop has read them: what goes wrong in the data is raised
+    # unwrapped, and no batch outlives its turn (itertools.tee keeps up to 57).
+    drawn: deque[Batch] = deque()
+    inputs = iter(drawn.popleft, None)
+    with quiet_polygraphy(), closing(Comparator.run(runners, data_loader=inputs, streaming=True)) as stream:
+        for batch in batches:
             for model in models:
                 # Before Polygraphy, which would cast and reshape what does not fit.
                 check_feeds(model.name, model.inputs, batch.feeds)
+            drawn.append(batch.feeds)
             try:
                 results = next(stream)
             except TrtInt8Error:
                 raise
             except Exception as error:  # ONNX Runtime and Polygraphy raise classes of their own, which share no base
-                reason = str(error).strip().splitlines()
-                raise InferenceError(
-                    f"Cannot compare {', '.join(model.name for model in models)}: batch {batch.index} failed in "
-                    f"ONNX Runtime: {reason[0] if reason else type(error).__name__}"
-                ) from error
+                raise _inference_error(models, batch, error) from error
             yield batch, results
+
+
+def _inference_error(models: Sequence[OnnxRuntimeRunner], batch: DataBatch, error: Exception) -> InferenceError:
+    """Find the model that failed: Polygraphy does not say which of its runners it was."""
+    for model in models:
+        try:
+            with model:
+                model.infer(batch.feeds)
+        except InferenceError as found:
+            return InferenceError(f"Cannot compare on batch {batch.index}: {found}")
+    return InferenceError(
+        f"Cannot compare on batch {batch.index}: {type(error).__name__}: {' '.join(str(error).split())}"
+    )
 
 
 class _Meters:

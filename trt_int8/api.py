@@ -149,7 +149,7 @@ def _runners(
 ) -> list[OnnxRuntimeRunner]:
     if names is not None and len(names) != len(models):
         raise ConfigError(f"{len(names)} names were given for {len(models)} models; expected one each.")
-    titles = names or [None] * len(models)
+    titles: Sequence[str | None] = names or [None] * len(models)
     return [
         OnnxRuntimeRunner(model, name=title, execution=execution, threads=threads)
         for model, title in zip(models, titles, strict=True)

@@ -11,6 +11,7 @@ only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ def gains(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
         return False
     if difference.size < 2:
         return True
-    return mean > STANDARD_ERRORS * float(difference.std(ddof=1)) / np.sqrt(difference.size)
+    return mean > STANDARD_ERRORS * float(difference.std(ddof=1)) / math.sqrt(difference.size)
 
 
 def _distinct(current: float, others: Mapping[str, float]) -> list[str]:

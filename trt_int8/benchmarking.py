@@ -1,14 +1,8 @@
 """Several models timed side by side.
 
 All runners stay open in one process and take turns: A B C, C B A, A B C, ... A machine that slows down for a second
-then slows every candidate alike, and a comparison *within* a round still holds. So the speed-up is the median over the
-rounds of
-
-    (median time of the first candidate in that round) / (median time of this candidate in the same round)
-
-and its 95 % interval comes from a bootstrap that draws whole rounds: inferences that follow each other share the clock,
-the caches and the neighbours on the machine, so they are no independent samples; rounds nearly are. A speed-up whose
-interval holds 1.0, to the two decimals that are printed, is not called one.
+then slows every candidate alike, and a comparison *within* a round still holds; `trt_int8.timing` draws its speed-ups
+and their intervals from the rounds.
 
 A time is one call of `Runner.infer`, arrays in, arrays out. Warm-up is dropped, and so is the first inference of each
 turn, which finds the caches full of another model's weights. Python's garbage collector is off meanwhile.
@@ -32,6 +26,7 @@ from engines.runner import Runner
 from trt_int8.errors import ConfigError, DataError
 from trt_int8.feeds import batch_input
 from trt_int8.machine import describe_machine
+from trt_int8.timing import CONFIDENCE, Latency, Speedup, estimate_speedup, summarize
 
 MIN_ROUNDS = 5
 """Fewer rounds give the bootstrap nothing to draw from."""
@@ -39,63 +34,10 @@ MIN_ROUNDS = 5
 MIN_ITERATIONS = 3
 """Inferences of a turn, however slow the model: their median shrugs off one hiccup."""
 
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
-
 STEADY_CV_PERCENT = 2.5
 """Above this spread trtexec warns of unstable clocks."""
 
 Clock = Callable[[], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Times of one call of `infer`, in milliseconds.
-
-    Attributes:
-        median_ms: median; the average of the middle pair for an even count.
-        p90_ms: 90th percentile by trtexec's definition, see `percentile`.
-        p95_ms: 95th.
-        p99_ms: 99th.
-        mean_ms: arithmetic mean.
-        cv_percent: coefficient of variation, population standard deviation / mean.
-        iterations: number of timed calls.
-    """
-
-    median_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    mean_ms: float
-    cv_percent: float
-    iterations: int
-
-
-@dataclass(frozen=True, slots=True)
-class Speedup:
-    """How many times as fast as the first candidate.
-
-    Attributes:
-        ratio: median over the rounds of the ratio of the two medians; above 1 is faster.
-        low: lower end of the 95 % interval.
-        high: upper end of the 95 % interval.
-    """
-
-    ratio: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Give `1.85x (1.80 to 1.92)`."""
-        return f"{self.ratio:.2f}x ({self.low:.2f} to {self.high:.2f})"
-
-    def verdict(self, name: str, reference: str) -> str:
-        """Say plainly whether `name` is faster than `reference`; the interval as printed decides."""
-        if round(self.low, 2) > 1.0:
-            return f"{name} is faster than {reference} here: {self}"
-        if round(self.high, 2) < 1.0:
-            return f"{name} is slower than {reference} here: {self}"
-        return f"{name} is not faster than {reference} here, the two cannot be told apart: {self}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,53 +198,6 @@ def time_side_by_side(
         machine=describe_machine(),
         warnings=tuple(filter(None, warnings)),
     )
-
-
-def percentile(ascending: NDArray[np.float64], percent: int) -> float:
-    """Return a percentile as trtexec defines it: ascending[max(n - 1 - floor((1 - percent / 100) * n), 0)].
-
-    It is always a value that occurred. The index is computed in whole numbers, because (1 - 0.9) * 10 is below 1 in
-    floating point.
-
-    Args:
-        ascending: sorted values, shape (n,), n > 0.
-        percent: 0 to 100.
-    """
-    count = len(ascending)
-    return float(ascending[max(count - 1 - (100 - percent) * count // 100, 0)])
-
-
-def summarize(times_ns: NDArray[np.int64]) -> Latency:
-    """Summarize the times of single calls, in nanoseconds, of any shape but empty."""
-    ascending = np.sort(times_ns, axis=None) / 1e6
-    mean = float(ascending.mean())
-    return Latency(
-        median_ms=float(np.median(ascending)),
-        p90_ms=percentile(ascending, 90),
-        p95_ms=percentile(ascending, 95),
-        p99_ms=percentile(ascending, 99),
-        mean_ms=mean,
-        cv_percent=100 * float(ascending.std()) / mean,
-        iterations=ascending.size,
-    )
-
-
-def estimate_speedup(reference: NDArray[np.float64], candidate: NDArray[np.float64], seed: int) -> Speedup:
-    """Estimate a speed-up and its 95 % interval by a percentile bootstrap over rounds.
-
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
-
-    Args:
-        reference: the reference's median time in each round, shape (rounds,).
-        candidate: the candidate's in the same rounds.
-        seed: seed of the resampling.
-    """
-    ratios = reference / candidate
-    rounds = len(ratios)
-    draws = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
-    medians = np.median(ratios[draws], axis=1)
-    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Speedup(float(np.median(ratios)), float(low), float(high))
 
 
 def _candidate(

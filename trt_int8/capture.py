@@ -72,22 +72,21 @@ def capture(
         run, binding = model.module(), bind_to_program(model, list(samples))
     else:
         run, binding = model, bind_to_module(model, list(samples))
+    parts = [] if isinstance(model, torch.export.ExportedProgram) else list(model.modules())
     inputs = list(binding.names)
 
     def reference(feeds: Mapping[str, Array]) -> dict[str, Array]:
         args, kwargs = binding.arguments(_tensors(feeds, inputs))
         shapes = ", ".join(f"{name} {feeds[name].dtype.name} {feeds[name].shape}" for name in inputs)
         try:
-            with _evaluation(run), torch.no_grad():
-                tensors = _named_outputs(run(*args, **kwargs), inputs)
-            outputs = {name: value.detach().numpy() for name, value in tensors.items()}
-        except ExportError:
-            raise
+            with _evaluation(parts), torch.no_grad():
+                returned = run(*args, **kwargs)
         except Exception as error:  # whatever the user's forward, or torch on its behalf, raises
             raise ExportError(
                 f"The PyTorch model does not run on the sample inputs ({shapes}): {type(error).__name__}: "
                 f"{_headline(error)}. Check the names, order, shapes and dtypes of the inputs."
             ) from error
+        outputs = _named_outputs(returned, inputs)
         if output_names is not None and len(output_names) != len(outputs):
             raise ExportError(
                 f"Cannot name the outputs {', '.join(output_names)}: the model has {len(outputs)} "
@@ -99,7 +98,7 @@ def capture(
     args, kwargs = binding.arguments(_tensors(samples, inputs))
     axes = {name: dict(dynamic.get(name, {})) or None for name in inputs}
     try:
-        with _evaluation(run), quiet(), _errors_only("torch"):
+        with _evaluation(parts), quiet(), _errors_only("torch"), _errors_only("onnxscript"):
             program = torch.onnx.export(
                 model,
                 args,
@@ -118,6 +117,8 @@ def capture(
     name_after_modules(program.model)
     proto = program.model_proto
     _check_interface(proto, inputs, names)
+    if isinstance(model, torch.export.ExportedProgram):
+        _name_batch_axis(proto)
     return Captured(proto, reference)
 
 
@@ -140,16 +141,16 @@ def _check_weights(model: torch.nn.Module | ExportedProgram) -> None:
 
 
 @contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, and each of its parts back into the mode that it was in."""
-    training = [part for part in model.modules() if part.training]
-    if training:
-        model.eval()
+def _evaluation(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Put modules in evaluation mode, and each back into the mode that it was in; a program's has no modes."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -164,16 +165,16 @@ def _errors_only(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _named_outputs(outputs: object, inputs: Sequence[str]) -> dict[str, torch.Tensor]:
+def _named_outputs(outputs: object, inputs: Sequence[str]) -> dict[str, Array]:
     """Flatten what `forward` returned and name each tensor after its place in it."""
     import torch
     from torch.utils import _pytree
 
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Array] = {}
     for path, leaf in _pytree.tree_flatten_with_path(outputs)[0]:
         if leaf is None:
             continue
-        steps = [str(next(iter(vars(step).values()))) for step in path]
+        steps = re.findall(r"\w+", _pytree.keystr(path))
         name = "_".join(steps) if steps and not steps[0].isdigit() else "_".join(["output", *steps])
         if not isinstance(leaf, torch.Tensor):
             raise ExportError(
@@ -182,7 +183,13 @@ def _named_outputs(outputs: object, inputs: Sequence[str]) -> dict[str, torch.Te
             )
         while name in named or name in inputs:
             name = f"{name}_output" if name in inputs else f"{name}_"
-        named[name] = leaf
+        try:
+            named[name] = leaf.detach().numpy()
+        except TypeError as error:
+            raise ExportError(
+                f"Cannot export a model that returns {leaf.dtype} ({name}), which has no counterpart in numpy. "
+                "Return it as float32."
+            ) from error
     if not named:
         raise ExportError("Cannot export a model that returns no tensor. Return its result from forward.")
     return named
@@ -196,6 +203,21 @@ def _check_interface(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Seq
                 f"PyTorch exported the {what} {', '.join(found)}; expected {', '.join(wanted)}. "
                 "Let forward take and return every tensor once."
             )
+
+
+def _name_batch_axis(proto: onnx.ModelProto) -> None:
+    """Call a program's free batch axis "batch": PyTorch keeps no name of the user's for it, it numbers it (`s77`)."""
+    graph = proto.graph
+    symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if _rank(value)} - {""}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            for symbol in symbols:
+                if dim.HasField("dim_param"):
+                    dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
+
+
+def _rank(value: onnx.ValueInfoProto) -> int:
+    return len(value.type.tensor_type.shape.dim)
 
 
 def _export_failure(error: Exception) -> str:

@@ -33,6 +33,9 @@ app = typer.Typer(
 app.add_typer(cache, name="cache")
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+
 MethodName = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 TargetName = Literal["tensorrt", "cpu"]
 ResidualName = Literal["int8", "float"]
@@ -71,7 +74,7 @@ def root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("trt_int8").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -81,7 +84,7 @@ def demo(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the stages that are done.")] = False,
 ) -> None:
     """Run the whole pipeline on scikit-learn's handwritten digits: no download, no GPU."""
-    from trt_int8.demo import demo_config
+    from trt_int8.demo.configuration import demo_config
     from trt_int8.progress import track
 
     _run(demo_config(output, track=track), output, resume=resume)
@@ -153,7 +156,13 @@ def export(
         opset=opset,
     )
     result = export_configured(config, output, data=data, preprocessing=_preprocessing(preprocessing), track=track)
-    typer.echo(result.describe())
+    typer.echo(f"{result.path}: opset {result.opset}, {result.size_bytes} bytes")
+    for spec in (*result.inputs, *result.outputs):
+        typer.echo(f"  {spec}")
+    for difference in result.differences:
+        typer.echo(f"  {difference}")
+    for note in result.notes:
+        typer.echo(note)
 
 
 @app.command()
@@ -353,7 +362,14 @@ def _run(config: Any, output: Path | None, *, resume: bool) -> None:
     from trt_int8.progress import track
     from trt_int8.summary import summarize_run
 
-    result = Pipeline(config, output=output, resume=resume, track=track, announce=_note).run()
+    # A run reads the same files several times; what it does not feed need not be said each time.
+    logging.getLogger("trt_int8.data").setLevel(logging.WARNING)
+    pipeline = Pipeline(config, output=output, resume=resume, track=track, announce=_note)
+    try:
+        result = pipeline.run()
+    except KeyboardInterrupt:
+        _note(f"interrupted: the stages that are done lie in {pipeline.folder}; the same command with --resume goes on")
+        raise typer.Exit(INTERRUPTED) from None
     table, lines = summarize_run(result.folder)
     console().print(table)
     for line in lines:

@@ -67,9 +67,11 @@ class ModelConfig(Section):
         default=None, description="weights to load: .safetensors, or what torch.load(weights_only=True) reads"
     )
     checkpoint_key: str | None = Field(
-        default=None, description="key under which the checkpoint holds the weights, such as state_dict"
+        default=None, description="key under which the checkpoint holds the weights; null finds them where it can"
     )
-    strip_prefix: str = Field(default="", description="prefix cut off the names in the checkpoint, such as module.")
+    strip_prefix: str = Field(
+        default="", description="take the weights whose names start with this, and cut it off; not needed for module."
+    )
     inputs: tuple[InputConfig, ...] = Field(default=(), description="the inputs; needed with a factory, and only there")
     opset: int = Field(default=20, strict=True, ge=19, description="ONNX opset of the export")
 
@@ -89,6 +91,8 @@ class ModelConfig(Section):
         if self.kind == "factory":
             if not self.inputs:
                 raise ValueError("inputs is missing: a factory's model does not say what it takes")
+            if self.checkpoint is None and (self.checkpoint_key or self.strip_prefix):
+                raise ValueError("checkpoint is missing, and checkpoint_key or strip_prefix is given")
             return self
         for name, field in type(self).model_fields.items():
             exported = self.kind == "pt2" and name == "opset"
@@ -106,6 +110,9 @@ class DataConfig(Section):
     )
     evaluation: str | None = Field(
         default=None, description="data to judge accuracy on; null takes the calibration data, which flatters"
+    )
+    held_back: str | None = Field(
+        default=None, description="data that method auto chooses by; null takes the calibration data, never the evaluation's"
     )
     labels: str | None = Field(
         default=None, description="name of the array with the labels; null compares with the FP32 outputs only"
@@ -259,7 +266,7 @@ def check_files(config: RunConfig, name: str) -> None:
     if data.preprocessing is None:
         problems += [
             f"data.preprocessing is missing: {spec!r} is a folder of images"
-            for spec in (data.calibration, data.evaluation)
+            for spec in (data.calibration, data.evaluation, data.held_back)
             if spec is not None and is_image_folder(spec)
         ]
     if problems:
@@ -274,6 +281,7 @@ def _named_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         "model.checkpoint": config.model.checkpoint,
         "data.calibration": config.data.calibration,
         "data.evaluation": config.data.evaluation,
+        "data.held_back": config.data.held_back,
     }
     for key, spec in specs.items():
         if spec is None:
@@ -290,6 +298,7 @@ _PATH_KEYS = (
     ("model", "checkpoint"),
     ("data", "calibration"),
     ("data", "evaluation"),
+    ("data", "held_back"),
     ("output",),
 )
 

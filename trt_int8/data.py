@@ -215,7 +215,7 @@ def open_data(
 
     Raises:
         ConfigError: an option does not go with this kind of data.
-        DataError: the data cannot be used. Files are opened and checked up to their first batch here.
+        DataError: the data cannot be used. Files and arrays are checked up to their first batch here.
         FileAccessError: there is no such file.
     """
     for name, value in (("batch size", batch_size), ("number of batches", max_batches)):
@@ -242,8 +242,10 @@ def open_data(
     if batch_size not in (None, stream.batch_size):
         _log.info("the model fixes its batch: batches of %s instead of %s", stream.batch_size, batch_size)
     source = BatchSource(stream, inputs, data_id=data_id, label=label)
-    if stream.hash_files is not None:
-        next(iter(source))  # files cost nothing to read again, and what does not fit is best said before a long step
+    if stream.hash_files is not None or stream.batch_size is not None:
+        # Files and arrays cost nothing to read again, and what does not fit is best said before a long step. The user's
+        # own code is not run for a look.
+        next(iter(source))
     return source
 
 

@@ -59,7 +59,7 @@ def import_entry_point(spec: str, what: str) -> Any:
 
 
 def import_file(file: Path, what: str) -> ModuleType:
-    """Run a Python file as a module; modules beside it are importable, as for a script.
+    """Run a Python file, a path that ends with `.py`, as a module; modules beside it are importable, as for a script.
 
     Raises:
         FileAccessError: there is no such file.
@@ -70,8 +70,8 @@ def import_file(file: Path, what: str) -> ModuleType:
     # The name is made from the path, so that two files called data.py do not take each other's place in sys.modules.
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise FileAccessError(f"Cannot read {what}: {str(file)!r} is not a Python file.")
+    assert spec is not None  # only a suffix that Python does not know gives none
+    assert spec.loader is not None
     _make_importable(path.parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there

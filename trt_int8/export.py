@@ -226,7 +226,7 @@ class _Export:
         kept = [node.name for node in self.proto.graph.node if node.op_type == "BatchNormalization"]
         if kept:
             self.notes.append(f"BatchNorm stays where it follows no layer with weights: {', '.join(kept)}.")
-        if external:
+        if self.data_file.is_file():
             self.notes.append(f"The weights lie in {self.data_file.name}: keep it beside the model.")
 
     def check(self) -> None:

@@ -18,12 +18,13 @@ from calibrators.calibration import Calibration
 from calibrators.files import sha256_of_file
 from calibrators.protocols import Track, untracked
 from engines.onnxrt import OnnxRuntimeRunner
+from engines.placement import Target
 from engines.size import measure_sizes
 from trt_int8 import accuracy as accuracy_stage
 from trt_int8.benchmarking import time_side_by_side
 from trt_int8.caches import tensorrt_cache
 from trt_int8.calibration import calibrate
-from trt_int8.config import RunConfig
+from trt_int8.config import Method, RunConfig
 from trt_int8.data import BatchSource, open_data
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
@@ -41,6 +42,7 @@ CACHE_VERSION = "10.16.1"
 """TensorRT version in the cache's header; `trt-int8 cache export --tensorrt` writes it for another one."""
 
 FP16 = "model.fp16.onnx"
+REPORT = "report.html"
 BENCHMARK_BATCHES = 16
 
 
@@ -61,8 +63,8 @@ class RunResult:
 class Variant:
     """One INT8 model of a run: a method and a target."""
 
-    method: str
-    target: str
+    method: Method
+    target: Target
     file: str
 
     @property
@@ -108,6 +110,7 @@ class Pipeline:
             title=self.folder.name,
             config=self.config.resolved(),
             machine=describe_machine(),
+            files=[MODEL, CALIBRATION, CACHE, REPORT, *(variant.file for variant in self.variants)],
             resume=self._resume,
         )
         model = self._export(run)

@@ -58,6 +58,9 @@ DASHES: dict[str, Any] = {
 }
 """Line style of each method's threshold, so that colour is not the only thing that tells them apart."""
 
+WIDTH = 12.2
+"""Inches of the figures that take the page's width."""
+
 HISTOGRAM_BINS = 96
 LOGARITHMIC_BELOW = 0.08
 """A histogram's axis becomes logarithmic where a threshold lies below this share of the largest magnitude."""
@@ -163,7 +166,7 @@ def histogram_figure(
 def latency_figure(bars: Sequence[LatencyBar], reference: str, description: str, name: str) -> str:
     """Draw median times with their percentiles, and beside them the speed-ups with their intervals."""
     height = 0.62 + 0.27 * len(bars)
-    with _figure(9.4, height) as figure:
+    with _figure(WIDTH, height) as figure:
         bottom, share = 0.36 / height, (height - 0.62) / height
         times = _axes(figure, 0.185, bottom, 0.39, share)
         ratios = _axes(figure, 0.645, bottom, 0.335, share)
@@ -189,8 +192,8 @@ def latency_figure(bars: Sequence[LatencyBar], reference: str, description: str,
 def size_figure(bars: Sequence[SizeBar], description: str, name: str) -> str:
     """Draw the bytes of each model, stacked by what they are."""
     height = 0.66 + 0.28 * len(bars)
-    kinds = list(dict.fromkeys(kind for bar in bars for kind in bar.parts if kind != "rest"))
-    with _figure(9.4, height) as figure:
+    kinds = list(dict.fromkeys(kind for bar in bars for kind, count in bar.parts.items() if count and kind != "rest"))
+    with _figure(WIDTH, height) as figure:
         axes = _axes(figure, 0.185, 0.36 / height, 0.795, (height - 0.66) / height)
         _rows(axes, [bar.label for bar in bars])
         largest = max(sum(bar.parts.values()) for bar in bars)
@@ -205,7 +208,7 @@ def size_figure(bars: Sequence[SizeBar], description: str, name: str) -> str:
         axes.set_xlim(0, largest / unit * 1.1)
         ticks = _round_steps(largest / unit)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        _legend(axes, [(kind, _dtype_colour(kind)) for kind in kinds] + [("graph and rest", _dtype_colour("rest"))])
+        _legend(axes, [("other types" if kind == "other" else kind, _dtype_colour(kind)) for kind in kinds] + [("graph and rest", _dtype_colour("rest"))])
         return _inline(figure, name, description)
 
 
@@ -227,7 +230,7 @@ def accuracy_figure(
     """
     methods = list(dict.fromkeys(point.method for point in points))
     height = 0.86 + 0.27 * len(methods)
-    with _figure(9.4, height) as figure:
+    with _figure(WIDTH, height) as figure:
         width = (0.88 - 0.035 * (len(panels) - 1)) / len(panels)
         for column, panel in enumerate(panels):
             left = 0.1 + column * (width + 0.035)
@@ -297,7 +300,9 @@ def _latency_row(axes: Axes, row: int, bar: LatencyBar, limit: float) -> None:
 
 def _speedup_row(axes: Axes, row: int, bar: LatencyBar) -> None:
     if bar.speedup is None or bar.low is None or bar.high is None:
-        axes.text(1.0, row, " reference", va="center", **_text("plot-text"))
+        axes.annotate(
+            "reference", (1.0, row), xytext=(5, 0), textcoords="offset points", va="center", **_text("plot-text")
+        )
         return
     colour = _COLOUR_OF[f"precision-{bar.precision}"]
     axes.plot([bar.low, bar.high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
@@ -319,9 +324,10 @@ def _accuracy_marker(axes: Axes, row: int, point: AccuracyPoint, value: float) -
 def _marker_key(figure: Figure, targets: Sequence[str], height: float) -> None:
     """Say above the panels what the two markers are."""
     top = 1 - 0.1 / height
-    words = {"cpu": "●  cpu target, measured", "tensorrt": "◇  tensorrt target, simulated"}
+    words = {"cpu": "● cpu target, measured", "tensorrt": "◇ tensorrt target, simulated"}
     present = [words[target] for target in words if target in targets]
-    figure.text(0.1, top, "        ".join(present), va="center", ha="left", **_text("plot-text"))
+    for index, text in enumerate(present):
+        figure.text(0.1 + 0.16 * index, top, text, va="center", ha="left", **_text("plot-text"))
 
 
 def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
@@ -336,7 +342,7 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
             text, (position, 1.0), xycoords="axes fraction", xytext=(11, 7), textcoords="offset points", va="center",
             **_text("plot-text"),
         )  # fmt: skip
-        position += (24 + 5.6 * len(text)) / (9.4 * 72 * 0.795)
+        position += (24 + 5.6 * len(text)) / (WIDTH * 72 * 0.795)
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -352,7 +358,7 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", pad=5, **_text("plot-text"))
 
 
-def _text(colour: str, size: float = 8) -> dict[str, Any]:
+def _text(colour: str, size: float = 8.5) -> dict[str, Any]:
     return {"color": _COLOUR_OF[colour], "fontsize": size}
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -21,13 +21,12 @@ from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import QuantizedModel, insert_qdq
 from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
+from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
 from trt_int8.machine import saturates_unsigned_products
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
-
-Method = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 
 
 @dataclass(frozen=True, slots=True)

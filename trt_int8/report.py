@@ -11,22 +11,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from calibrators.calibration import DEFAULT_PERCENTILE, METHODS, Calibration
 from calibrators.files import write_text
 from calibrators.protocols import Track, untracked
 from trt_int8 import plots
 from trt_int8.errors import ConfigError
-from trt_int8.report_models import Json, ModelRow, model_rows
+from trt_int8.report_models import Json, ModelRow, Size, model_rows
 from trt_int8.report_tensors import TensorRow, most_contested, placements, tensor_rows
-from trt_int8.report_verdict import format_bytes, headline, judge
+from trt_int8.report_verdict import closest_methods, format_bytes, headline, judge
 from trt_int8.run_folder import read_manifest
 
 REPORT = "report.html"
@@ -36,6 +37,9 @@ PLOTTED_TENSORS = 80
 
 OPEN_TENSORS = 6
 """Histograms that are seen without opening anything."""
+
+SMALLEST_PART = 0.01
+"""Data types below this share of every file are drawn together."""
 
 ABSENT = "–"  # noqa: RUF001  the dash that a typesetter puts into an empty cell
 
@@ -76,6 +80,7 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
     calibration = _read_calibration(folder / "calibration.npz")
 
     rows = model_rows(files["quantization"], files["benchmark"], files["accuracy"], files["sizes"])
+    groups = _size_groups(rows)
     own_evaluation = not config.get("data") or bool(config["data"].get("evaluation"))
     tensors = () if calibration is None else tensor_rows(calibration, files["quantization"], percentile)
     page = _environment().get_template("report.html.j2").render(
@@ -85,7 +90,10 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
         rows=rows,
         delivered=headline(rows, method),
         files=files,
-        figures=_figures(rows),
+        figures=_figures(rows, groups),
+        size_groups=groups,
+        closest=closest_methods(rows),
+        configured_method=method,
         fingerprint=None if calibration is None else calibration.fingerprint,
         tensors=tensors,
         cards=[] if calibration is None else _cards(calibration, tensors, percentile, track),
@@ -109,7 +117,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        fixed=fixed, significant=significant, percent=percent, bytes=format_bytes, tensor=describe_tensor
+        fixed=fixed,
+        significant=significant,
+        percent=percent,
+        bytes=format_bytes,
+        tensor=describe_tensor,
+        breakable=breakable,
+        moment=moment,
     )
     environment.globals["absent"] = ABSENT
     return environment
@@ -132,12 +146,25 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share of 0 to 1 in per cent; one that is not quite none or all is never written as 0 or 100."""
+    """Write a share of 0 to 1 in per cent, small ones with two significant digits; 0 and 100 are exact."""
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
-    if share < 0.0001:
-        return "< 0.01 %"
-    return "> 99.99 %" if share > 0.9999 else f"{100 * share:.2f} %"
+    digits = 1 if share >= 0.01 else 1 - math.floor(math.log10(100 * share))
+    return f"{min(100 * share, 99.9):.{digits}f} %"
+
+
+def breakable(name: str) -> Markup:
+    """Escape a name and let its lines break behind each slash."""
+    return Markup(str(escape(name)).replace("/", "/<wbr>"))
+
+
+def moment(stamp: Any) -> str:
+    """Write an ISO time stamp for reading: `2026-01-05 10:12 UTC`; as it is where it is none."""
+    try:
+        time = datetime.fromisoformat(str(stamp))
+    except ValueError:
+        return str(stamp)
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def describe_tensor(spec: Any) -> str:
@@ -194,7 +221,7 @@ def _cards(calibration: Calibration, rows: Sequence[TensorRow], percentile: floa
     return cards
 
 
-def _figures(rows: Sequence[ModelRow]) -> dict[str, Markup]:
+def _figures(rows: Sequence[ModelRow], groups: Sequence[SizeGroup]) -> dict[str, Markup]:
     """Draw the figures about the models that the results allow, by section."""
     figures: dict[str, str] = {}
     bars = [_latency_bar(row) for row in rows if row.timing is not None and not row.timing.simulated]
@@ -202,7 +229,7 @@ def _figures(rows: Sequence[ModelRow]) -> dict[str, Markup]:
     if bars:
         words = "; ".join(f"{bar.label} {bar.median_ms:.3g} ms" for bar in bars)
         figures["speed"] = plots.latency_figure(bars, reference, f"Median time of one inference: {words}.", "speed")
-    sizes = _size_bars(rows)
+    sizes = _size_bars(groups)
     if sizes:
         words = "; ".join(f"{bar.label} {format_bytes(sum(bar.parts.values()))}" for bar in sizes)
         figures["size"] = plots.size_figure(sizes, f"Size of each model by data type: {words}.", "size")
@@ -227,16 +254,50 @@ def _latency_bar(row: ModelRow) -> plots.LatencyBar:
     )
 
 
-def _size_bars(rows: Sequence[ModelRow]) -> list[plots.SizeBar]:
-    """Make one bar per kind of model: the methods of one target differ in nothing but the values of their scales."""
-    bars: dict[str, plots.SizeBar] = {}
+@dataclass(frozen=True, slots=True)
+class SizeGroup:
+    """Models that differ in nothing but the values of their scales, so that one size stands for all.
+
+    Attributes:
+        label: what they are.
+        models: how many.
+        size: of the first one.
+        rest: bytes of its file that are no weights.
+    """
+
+    label: str
+    models: int
+    size: Size
+    rest: int
+
+
+def _size_groups(rows: Sequence[ModelRow]) -> list[SizeGroup]:
+    groups: dict[str, SizeGroup] = {}
     for row in rows:
         if row.size is None:
             continue
         label = f"INT8, {row.target} target" if row.precision == "int8" else row.name
-        rest = max(0, row.size.file_bytes - sum(row.size.weight_bytes.values()))
-        bars.setdefault(label, plots.SizeBar(label, {**row.size.weight_bytes, "rest": rest}))
-    return list(bars.values())
+        before = groups.get(label)
+        if before is None:
+            rest = max(0, row.size.file_bytes - sum(row.size.weight_bytes.values()))
+            groups[label] = SizeGroup(label, 1, row.size, rest)
+        else:
+            groups[label] = replace(before, models=before.models + 1)
+    return list(groups.values())
+
+
+def _size_bars(groups: Sequence[SizeGroup]) -> list[plots.SizeBar]:
+    """Make one bar per group; data types that are nowhere a hundredth of the file are drawn as one."""
+    shares: dict[str, float] = {}
+    for group in groups:
+        for kind, count in group.size.weight_bytes.items():
+            shares[kind] = max(shares.get(kind, 0.0), count / max(group.size.file_bytes, 1))
+    bars = []
+    for group in groups:
+        parts = {kind: count for kind, count in group.size.weight_bytes.items() if shares[kind] >= SMALLEST_PART}
+        other = sum(count for kind, count in group.size.weight_bytes.items() if shares[kind] < SMALLEST_PART)
+        bars.append(plots.SizeBar(group.label, {**parts, "other": other, "rest": group.rest}))
+    return bars
 
 
 def _accuracy_figure(rows: Sequence[ModelRow]) -> dict[str, str]:

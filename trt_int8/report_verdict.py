@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from calibrators.calibration import DEFAULT_METHOD, METHODS
-from trt_int8.report_models import ModelRow, Timing
+from trt_int8.report_models import TARGETS, ModelRow, Timing
 
 _NOISE = 2.0
 """Standard deviations of a difference in top-1 that chance is allowed."""
@@ -94,6 +94,26 @@ def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool)
     if row.accuracy is not None and not own_evaluation:
         remarks.append("Accuracy was judged on the calibration data, which flatters: name evaluation data for a fair figure.")
     return Verdict(sentence, tuple(filter(None, remarks)), tuple(_tiles(row, twin, reference, against)))
+
+
+def closest_methods(rows: Sequence[ModelRow]) -> tuple[str, ...]:
+    """Say for each target which calibration method comes closest to FP32, by the SQNR of the outputs."""
+    lines = []
+    for target in TARGETS:
+        found = [
+            (row.accuracy.sqnr_db, row.method)
+            for row in rows
+            if row.precision == "int8"
+            and row.target == target
+            and row.accuracy is not None
+            and row.accuracy.sqnr_db is not None
+        ]
+        if len(found) > 1:
+            (most, best), (least, worst) = max(found), min(found)
+            lines.append(
+                f"On the {target} target {best} comes closest to FP32 ({most:.1f} dB), {worst} stays furthest ({least:.1f} dB)."
+            )
+    return tuple(lines)
 
 
 def lost_top1(row: ModelRow, reference: ModelRow | None) -> float | None:
@@ -207,11 +227,12 @@ def _tiles(row: ModelRow, twin: ModelRow | None, reference: ModelRow | None, aga
     if lost is not None and row.accuracy is not None and row.accuracy.top1 is not None:
         digits, noise = _digits(row.accuracy.samples), top1_noise(row) or 0.0
         change = "±0" if round(lost, digits) == 0 else f"{-lost:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-        tone = "good" if lost <= 0 else "plain" if lost <= noise else "bad"
+        tone = "plain" if abs(lost) <= noise else "bad" if lost > 0 else "good"
         yield Tile("Top-1, points", change, f"{row.accuracy.top1:.{digits}f} % on {row.accuracy.samples:,} samples", tone)
     if row.accuracy is not None and row.accuracy.agreement is not None:
-        note = "of answers as FP32's"
-        yield Tile("Agreement", f"{row.accuracy.agreement:.1f} %", note, "plain")
+        changed = changed_answers(row)
+        note = "of decisions are FP32's" if changed is None else f"{changed:,} of {row.accuracy.samples:,} decisions differ"
+        yield Tile("Agreement with FP32", f"{row.accuracy.agreement:.1f} %", note, "plain")
     if row.accuracy is not None and row.accuracy.sqnr_db is not None:
         note = "outputs against FP32"
         if twin is not None and twin is not row and twin.accuracy is not None and twin.accuracy.sqnr_db is not None:

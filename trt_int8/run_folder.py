@@ -36,22 +36,31 @@ class RunFolder:
         title: what the run is called in its report.
         config: the resolved configuration, as plain JSON data.
         machine: `trt_int8.machine.describe_machine()`.
+        files: names of the files that the run will write.
         resume: keep the stages that are done; otherwise every stage runs again and replaces its files.
 
     Raises:
-        ConfigError: the folder holds files and no manifest, so that it is not the folder of a run.
+        ConfigError: a file that would be replaced was not written by a run.
     """
 
     def __init__(
-        self, path: Path, *, title: str, config: Mapping[str, Any], machine: Mapping[str, Any], resume: bool
+        self,
+        path: Path,
+        *,
+        title: str,
+        config: Mapping[str, Any],
+        machine: Mapping[str, Any],
+        files: Sequence[str],
+        resume: bool,
     ) -> None:
         self.path = path
         self._resume = resume
         before = read_manifest(path) if (path / MANIFEST).is_file() else None
-        if before is None and path.is_dir() and any(not _is_part(file) for file in path.iterdir()):
+        strangers = [name for name in (MANIFEST, *files) if before is None and (path / name).exists()]
+        if strangers:
             raise ConfigError(
-                f"Cannot write a run to {str(path)!r}: the folder holds other files and no {MANIFEST}. "
-                "Name an empty or new folder with --output."
+                f"Cannot write a run to {str(path)!r}: {strangers[0]!r} is there already and no {MANIFEST} says that a run "
+                "wrote it. Name another folder with --output."
             )
         self._before: dict[str, Any] = (before or {}).get("stages", {})
         self._manifest: dict[str, Any] = {
@@ -146,8 +155,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write plain JSON data atomically; NaN and infinity, which JSON does not have, are a bug."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _is_part(file: Path) -> bool:
-    """Tell whether a file is what an interrupted write may have left behind."""
-    return file.name.startswith(".") and ".part" in file.name

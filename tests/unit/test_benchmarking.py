@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engines.errors import InferenceError
-from trt_int8.benchmarking import BenchmarkResult, Speedup, estimate_speedup, percentile, summarize, time_side_by_side
+from trt_int8.benchmarking import BenchmarkResult, time_side_by_side
 from trt_int8.errors import ConfigError, DataError
+from trt_int8.timing import Speedup
 
 FEEDS = {"x": np.ones((4, 2), np.float32)}
 
@@ -55,99 +54,6 @@ def world(fake_runner: Any) -> World:
 
 def milliseconds(value: float) -> Callable[[int], int]:
     return lambda count: int(value * 1e6)
-
-
-@pytest.mark.parametrize(
-    ("count", "percent", "expected"),
-    [(100, 90, 90), (100, 95, 95), (100, 99, 99), (10, 90, 9), (10, 99, 10), (1, 50, 1), (20, 95, 19), (3, 0, 1)],
-)
-def test_percentile_is_trtexecs(count: int, percent: int, expected: int) -> None:
-    """Of 1 .. n, the p-th percentile leaves out the floor((1 - p) n) largest, exactly."""
-    assert percentile(np.arange(1.0, count + 1), percent) == expected
-
-
-def test_summary_by_hand() -> None:
-    """1, 2, 3 and 10 ms: median 2.5, mean 4, population deviation sqrt(12.5), percentiles the largest value."""
-    latency = summarize(np.array([[10_000_000, 1_000_000], [3_000_000, 2_000_000]]))
-
-    assert latency.median_ms == 2.5
-    assert latency.mean_ms == 4.0
-    assert latency.cv_percent == pytest.approx(100 * 12.5**0.5 / 4)
-    assert (latency.p90_ms, latency.p95_ms, latency.p99_ms) == (10.0, 10.0, 10.0)
-    assert latency.iterations == 4
-
-
-@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=50))
-def test_percentiles_are_ordered_and_occur(times: list[int]) -> None:
-    """Percentiles never fall with the percentage, and each is a time that was measured."""
-    latency = summarize(np.array(times))
-
-    assert latency.p90_ms <= latency.p95_ms <= latency.p99_ms <= max(times) / 1e6
-    assert {latency.p90_ms, latency.p95_ms, latency.p99_ms} <= {time / 1e6 for time in times}
-
-
-def test_speedup_of_constant_times_is_exact() -> None:
-    """Half the time in every round is 2.0, with an interval of no width."""
-    assert estimate_speedup(np.full(20, 8.0), np.full(20, 4.0), seed=0) == Speedup(2.0, 2.0, 2.0)
-
-
-def test_speedup_is_paired_by_round() -> None:
-    """A machine that slows down tenfold for half of the rounds slows both: the ratio stays 2.0 throughout."""
-    load = np.where(np.arange(20) % 2 == 0, 1.0, 10.0)
-
-    assert estimate_speedup(3.0 * load, 1.5 * load, seed=0) == Speedup(2.0, 2.0, 2.0)
-
-
-def test_speedup_interval_against_all_resamples() -> None:
-    """For three rounds the bootstrap has 27 equally likely draws; the interval is their 2.5 % and 97.5 % quantile."""
-    ratios = np.array([1.0, 2.0, 4.0])
-    draws = np.stack(np.meshgrid(ratios, ratios, ratios), axis=-1).reshape(-1, 3)
-    exact = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-
-    speedup = estimate_speedup(ratios, np.ones(3), seed=0)
-
-    assert speedup.ratio == 2.0
-    np.testing.assert_allclose([speedup.low, speedup.high], exact)
-
-
-def test_interval_covers_the_true_ratio() -> None:
-    """Of 200 experiments on noisy rounds with a true ratio of 1, at least 90 % of the intervals hold 1."""
-    rng = np.random.default_rng(3)
-    covered = 0
-    for seed in range(200):
-        reference, candidate = rng.lognormal(0, 0.1, (2, 20))
-        speedup = estimate_speedup(reference, candidate, seed)
-        covered += speedup.low <= 1.0 <= speedup.high
-
-    assert covered >= 180
-
-
-@given(st.lists(st.floats(0.1, 10), min_size=5, max_size=20), st.integers(0, 99))
-def test_interval_holds_the_estimate(ratios: list[float], seed: int) -> None:
-    """The estimate lies inside its interval, and the interval inside the rounds' own range."""
-    speedup = estimate_speedup(np.array(ratios), np.ones(len(ratios)), seed)
-
-    assert min(ratios) <= speedup.low <= speedup.ratio <= speedup.high <= max(ratios)
-
-
-@pytest.mark.parametrize(
-    ("speedup", "expected"),
-    [
-        (Speedup(1.85, 1.80, 1.92), "INT8 is faster than FP32 here: 1.85x (1.80 to 1.92)"),
-        (Speedup(0.60, 0.58, 0.61), "INT8 is slower than FP32 here: 0.60x (0.58 to 0.61)"),
-        (
-            Speedup(0.98, 0.95, 1.02),
-            "INT8 is not faster than FP32 here, the two cannot be told apart: 0.98x (0.95 to 1.02)",
-        ),
-        (
-            Speedup(1.012, 1.003, 1.02),
-            "INT8 is not faster than FP32 here, the two cannot be told apart: 1.01x (1.00 to 1.02)",
-        ),
-    ],
-)
-def test_verdict_is_plain(speedup: Speedup, expected: str) -> None:
-    """An interval that holds 1.0 as printed is never called a speed-up."""
-    assert speedup.verdict("INT8", "FP32") == expected
 
 
 def test_times_and_throughput_by_hand(world: World) -> None:
@@ -284,32 +190,23 @@ def test_threads_are_recorded_where_the_runner_has_them(world: World) -> None:
     assert [candidate.threads for candidate in result.candidates] == [3, None]
 
 
-def test_same_seed_gives_the_same_interval() -> None:
-    """The bootstrap is reproducible."""
-    rng = np.random.default_rng(0)
-    reference, candidate = rng.lognormal(0, 0.1, (2, 20))
-
-    assert estimate_speedup(reference, candidate, seed=5) == estimate_speedup(reference, candidate, seed=5)
-
-
-def test_garbage_collector_is_off_meanwhile_and_on_again(fake_runner: Any) -> None:
+def test_garbage_collector_is_off_meanwhile_and_on_again(world: World) -> None:
     """No collection falls into a timed call, and the program gets its collector back, also after a failure."""
     states: set[bool] = set()
 
-    def function(x: Any) -> Any:
+    def look(count: int) -> int:
         states.add(gc.isenabled())
-        if len(states) and x[0, 0] == 7.0:
-            raise InferenceError("broken")
-        return x
+        return 1_000_000
 
-    now = iter(range(0, 10**9, 10**5))
-    settings: dict[str, Any] = {"rounds": 5, "budget_s": 1e-3, "warmup_s": 1e-3, "clock": lambda: next(now)}
-    time_side_by_side([fake_runner("gc", function)], [FEEDS], **settings)
+    def fail(count: int) -> int:
+        raise InferenceError("broken")
+
+    world.time(world.runner("looks", look))
     assert states == {False}
     assert gc.isenabled()
 
     with pytest.raises(InferenceError, match="broken"):
-        time_side_by_side([fake_runner("gc", function)], [{"x": np.full((1, 2), 7.0, np.float32)}], **settings)
+        world.time(world.runner("fails", fail))
     assert gc.isenabled()
 
 

@@ -108,6 +108,10 @@ class TestRefusals:
                 r"preprocessing: mean has 1 numbers; color RGB needs 3",
             ),
             ({"model": {"source": "package.models:net"}}, r"model: inputs is missing: a factory's model does not say"),
+            (
+                {"model": {**MODEL, "strip_prefix": "net."}},
+                r"model: checkpoint is missing, and checkpoint_key or strip_",
+            ),
             ({"model": {"source": "net.pth"}}, r"model: source is 'net\.pth', expected package\.module:factory"),
             (
                 {"model": {"source": "net.onnx", "opset": 21}},

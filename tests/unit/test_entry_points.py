@@ -1,9 +1,16 @@
+import sys
 from pathlib import Path
 
 import pytest
 
 from trt_int8.entry_points import import_entry_point, split_entry_point
 from trt_int8.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that become importable in a test are forgotten after it."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 @pytest.mark.parametrize(
@@ -41,13 +48,17 @@ def test_files_of_one_name_do_not_displace_each_other(tmp_path: Path) -> None:
     assert import_entry_point(f"{tmp_path}/second/mine.py:NAME", "the model") == "second"
 
 
-def test_missing_import_of_the_users_module_is_theirs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["{folder}/needy.py:factory", "needy:factory"])
+def test_missing_import_of_the_users_module_is_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
     """A module that exists and imports something missing raises its own error, with its own traceback."""
-    (tmp_path / "mine.py").write_text("import no_such_dependency\n")
+    (tmp_path / "needy.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
 
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency") as caught:
-        import_entry_point(f"{tmp_path}/mine.py:factory", "the model")
-    assert caught.traceback[-1].path == tmp_path / "mine.py"
+        import_entry_point(spec.format(folder=tmp_path), "the model")
+    assert caught.traceback[-1].path == tmp_path / "needy.py"
 
 
 def test_submodule_that_is_not_there_is_named() -> None:

@@ -17,6 +17,12 @@ IDS = TensorSpec("ids", np.dtype("int64"), ("batch", "length"))
 ROWS = np.arange(12, dtype=np.float32).reshape(6, 2)
 
 
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that become importable in a test are forgotten after it."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
 def fed(batches: list[DataBatch]) -> list[list[list[float]]]:
     return [batch.feeds["x"].tolist() for batch in batches]
 
@@ -87,12 +93,26 @@ class TestFolder:
         ):
             open_data(tmp_path, [X, IDS])
 
+    def test_file_that_is_no_npy_is_refused(self, tmp_path: Path) -> None:
+        """A renamed text file gets one clear line."""
+        (tmp_path / "0.npy").write_text("samples")
+
+        with pytest.raises(DataError, match=r"0\.npy': it is not an \.npy file of a plain array"):
+            open_data(tmp_path, [X])
+
     def test_polygraphy_directory_is_streamed(self, tmp_path: Path) -> None:
         """A directory that Polygraphy wrote, one file per iteration, is a folder of batches."""
         for index in range(3):
             save_json({"x": ROWS[index : index + 1]}, str(tmp_path / f"{index:010}.json"))
 
         assert fed(list(open_data(tmp_path, [X]))) == [[row] for row in ROWS[:3].tolist()]
+
+    def test_file_of_several_batches_in_a_folder_is_refused(self, tmp_path: Path) -> None:
+        """A file of a folder is one batch; a list of them is to be named itself."""
+        save_json([{"x": ROWS[:2]}, {"x": ROWS[2:]}], str(tmp_path / "inputs.json"))
+
+        with pytest.raises(DataError, match=r"inputs\.json': it holds 2 batches, and each file of a folder is one"):
+            open_data(tmp_path, [X])
 
     def test_folder_without_data_is_refused(self, tmp_path: Path) -> None:
         """An empty folder says what was looked for."""

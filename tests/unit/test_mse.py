@@ -89,6 +89,29 @@ def test_threshold_is_the_best_for_the_values_themselves(shape: str) -> None:
     assert true_mse(values, mse_amax(histogram_of(values))) <= best * 1.01
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ending_the_search_early_misses_nothing(shape: str) -> None:
+    """The threshold is that of trying every edge of the upper 15 octaves."""
+    histogram = histogram_of(samples(shape))
+    edges = lower_edges(np.arange(histogram.bins[-1] - 15 * 1024, histogram.bins[-1] + 1))
+    thresholds = np.append(edges, histogram.amax)
+
+    errors = expected_squared_errors(histogram, thresholds)
+
+    assert mse_amax(histogram) == thresholds[np.argmin(errors)]
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0, 200.0, 1e6])
+def test_thresholds_beyond_the_largest_value(factor: float) -> None:
+    """Nothing saturates there, and the error is that of a step too wide."""
+    histogram = histogram_of(samples("laplace"))
+    threshold = histogram.amax * factor
+
+    (error,) = expected_squared_errors(histogram, np.array([threshold]))
+
+    assert error == pytest.approx(integrated_mse(histogram, threshold))
+
+
 def test_far_outlier_is_given_up() -> None:
     """One value at 150 among four million of size 1: the threshold is five octaves below the largest value."""
     values = np.random.default_rng(6).normal(size=N)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from engines.runner import TensorSpec
 from trt_int8.data import open_data
@@ -69,6 +71,30 @@ def test_fixed_batch_overrides_and_is_filled_up(table: Any) -> None:
     assert batches[2].extras["label"].tolist() == [8, 9]
 
 
+def test_scalars_are_not_filled_up() -> None:
+    """In the short last batch of a model that fixes its batch, only what has a row per sample is filled up."""
+    inputs = [TensorSpec("x", FLOAT, (4, 2)), TensorSpec("t", FLOAT, ())]
+    last = list(open_data({"x": X, "t": np.float32(2)}, inputs))[-1]
+
+    assert last.feeds["x"].shape == (4, 2)
+    assert float(last.feeds["t"]) == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples=st.integers(1, 30), size=st.integers(1, 12), limit=st.none() | st.integers(1, 12), fixed=st.booleans())
+def test_any_cut_gives_each_row_once(samples: int, size: int, limit: int | None, fixed: bool) -> None:
+    """Whatever the sizes, the real rows of all batches are the first rows of the array, each once and in order."""
+    assume(not fixed or samples >= size)
+    rows = np.arange(2 * samples, dtype=np.float32).reshape(samples, 2)
+    spec = TensorSpec("x", FLOAT, (size if fixed else "batch", 2))
+    batches = list(open_data({"x": rows}, [spec], batch_size=size, max_batches=limit))
+
+    expected = rows if limit is None else rows[: limit * size]
+    np.testing.assert_array_equal(np.concatenate([batch.feeds["x"][: batch.samples] for batch in batches]), expected)
+    assert {batch.samples for batch in batches[:-1]} <= {size}
+    assert not fixed or {len(batch.feeds["x"]) for batch in batches} == {size}
+
+
 def test_fewer_samples_than_a_fixed_batch_are_refused(table: Any) -> None:
     """Ten rows cannot fill one batch of 16: padding would outweigh the data."""
     fixed = TensorSpec("x", FLOAT, (16, 2))
@@ -77,12 +103,10 @@ def test_fewer_samples_than_a_fixed_batch_are_refused(table: Any) -> None:
         list(open_data(table, [fixed]))
 
 
-def test_wrong_shape_is_found_on_opening(tmp_path: Path) -> None:
-    """A file that does not fit is refused before anything slow happens, not when it is read."""
-    np.savez(tmp_path / "data.npz", x=X)
-
-    with pytest.raises(DataError, match=r"batch 0 of .*data\.npz': input 'x' has shape \(1, 2\).* \(batch, 3\)"):
-        open_data(tmp_path / "data.npz", [TensorSpec("x", FLOAT, ("batch", 3))])
+def test_wrong_shape_is_found_on_opening(table: Any) -> None:
+    """What does not fit is refused before anything slow happens, not when it is read."""
+    with pytest.raises(DataError, match=r"batch 0 of .*: input 'x' has shape \(1, 2\).* \(batch, 3\)"):
+        open_data(table, [TensorSpec("x", FLOAT, ("batch", 3))])
 
 
 def test_lost_sample_axis_gets_a_hint(tmp_path: Path) -> None:
@@ -157,6 +181,12 @@ def test_recurrent_state_goes_whole_or_one_per_sample() -> None:
     np.testing.assert_array_equal(each[7].feeds["state"], stacked[7])
 
 
+def test_number_cannot_stand_for_a_batch() -> None:
+    """A single number is refused for an input with axes."""
+    with pytest.raises(DataError, match=r"the arrays: input 'x' is a single number; the model expects x"):
+        open_data({"x": 3.0}, [ROWS])
+
+
 def test_bare_array_feeds_a_model_of_one_input() -> None:
     """An array or tensor alone needs no name."""
     batches = list(open_data(X, [ROWS], batch_size=10))
@@ -194,6 +224,15 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"array 'x' holds Python objects"):
         open_data(tmp_path / "data.npz", [ROWS])
+
+
+def test_second_version_of_the_format_is_read(tmp_path: Path) -> None:
+    """The npy format has a second version, for long headers, whose length field is wider; it is read alike."""
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive, archive.open("x.npy", "w") as stream:
+        np.lib.format.write_array(stream, X, version=(2, 0))
+    batches = list(open_data(tmp_path / "data.npz", [ROWS], batch_size=10))
+
+    np.testing.assert_array_equal(batches[0].feeds["x"], X)
 
 
 def test_damaged_rows_are_refused_when_they_are_reached(tmp_path: Path) -> None:
