@@ -3,8 +3,8 @@
 Two things happen to each block of 4096 values while it lies in the first-level cache: a vectorised pass over its bit
 patterns finds the extreme values and the zeros; then every value increments a counter. Values of bin 0, nearly always
 zeros behind a ReLU, go to four counters in turn: in a run of them each increment would otherwise wait until the one
-before it has been stored. Two counters for every bin would help other runs of equal values as well, but twice the memory
-costs more: with small tensors the counters of one have left the cache when its turn comes again.
+before it has been stored. Two counters for every bin would help other runs of equal values as well, but twice the
+memory costs more: the counters of a small tensor have left the cache when its turn comes again.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ class MagnitudeCounter:
 
         Dtypes other than float32 are converted to it; a float64 beyond its range becomes infinite.
         """
-        with np.errstate(over="ignore"):
-            flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        if values.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+        flat = np.ascontiguousarray(values).reshape(-1)
         for start in range(0, flat.size, _CAPACITY):
             self._count(flat[start : start + _CAPACITY])
 

@@ -36,8 +36,6 @@ _EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _COMPRESSION = 1
 """Bins are runs of neighbours and counts mostly small: the fastest level already gets most of what there is to gain."""
 
-Arrays = Mapping[str, NDArray[Any]]
-
 
 def save_histograms(
     path: str | os.PathLike[str], histograms: Mapping[str, MagnitudeHistogram], description: Mapping[str, Any]
@@ -49,7 +47,7 @@ def save_histograms(
     """
     header = {"format": FORMAT, "version": VERSION, "tensors": list(histograms), **description}
     parts = list(histograms.values())
-    arrays: Arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8),
         "offsets": np.cumsum([0, *(part.bins.size for part in parts)], dtype=np.int64),
         "bins": np.concatenate([np.zeros(0, np.int32), *(part.bins for part in parts)]),

@@ -11,8 +11,8 @@ import onnx
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array
 from engines.errors import InferenceError
-from engines.graph import PreparedModel, float_activations
-from engines.onnxrt import check_feeds, make_session, tensor_specs
+from engines.graph import PreparedModel, float_activations, open_session
+from engines.onnxrt import check_feeds, tensor_specs
 from engines.placement_cpu import place_for_cpu
 from engines.placement_tensorrt import place_for_tensorrt
 
@@ -87,7 +87,7 @@ class OnnxRuntimeActivations:
         present = {value.name for value in exposed.graph.output}
         self._fetched = [name for name in self.tensors if name not in self._input_names]
         exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._fetched if name not in present)
-        self._session = make_session(exposed.SerializeToString(), execution="native", threads=threads)
+        self._session = open_session(exposed, execution="native", threads=threads)
 
     def activations(self) -> Iterator[Activations]:
         """Run the model over the stream.

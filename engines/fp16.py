@@ -76,9 +76,9 @@ def convert_to_fp16(prepared: PreparedModel, amax: Mapping[str, float]) -> Fp16M
     held = held_in_fp32(prepared, amax)
     proto = onnx.ModelProto()
     proto.CopyFrom(prepared.proto)
-    with quiet():
+    with quiet():  # preparation has inferred all types already
         converted: onnx.ModelProto = convert_float_to_float16(
-            proto, keep_io_types=True, node_block_list=[node.node for node in held], disable_shape_infer=False
+            proto, keep_io_types=True, node_block_list=[node.node for node in held], disable_shape_infer=True
         )
     converted = _mended(converted, {node.name for node in prepared.proto.graph.node})
     metadata = {entry.key: entry.value for entry in converted.metadata_props}

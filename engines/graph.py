@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -22,13 +24,17 @@ import onnx.numpy_helper
 import onnx.shape_inference
 import onnx_ir as ir
 import onnxslim
+from onnx_ir.passes.common import ShapeInferencePass
 
 from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError, UnsupportedModelError
-from engines.onnxrt import load_header, tensor_specs
+from engines.onnxrt import Execution, load_header, make_session, tensor_specs
 from engines.opset import MINIMUM_OPSET, RAISED_OPSET, check_operators, nested_graphs, opset_of, raise_opset
 from engines.size import external_files
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 """Protobuf's limit for one message, less a margin for everything beside the weights."""
@@ -90,7 +96,7 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     opset = opset_of(model, file)
     check_operators(model, opset, file)
     if opset < MINIMUM_OPSET:
-        if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
+        if exceeds_one_file(model):
             raise UnsupportedModelError(
                 f"{str(file)!r} has opset {opset} and is larger than 2 GB, which ONNX's version converter cannot hold; "
                 f"opset {MINIMUM_OPSET} or above is needed. Export it again with opset {RAISED_OPSET}."
@@ -111,17 +117,38 @@ def save_model(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str]) 
     """
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     target = Path(path)
-    if proto.ByteSize() < PROTOBUF_LIMIT_BYTES:
+    if not exceeds_one_file(proto):
         with atomic_path(target) as temporary:
             temporary.write_bytes(proto.SerializeToString(deterministic=True))
         return
     data = target.with_name(target.name + ".data")
-    with atomic_path(data) as weights, atomic_path(target) as temporary:
-        weights.unlink()
-        onnx.save_model(
-            proto, temporary, save_as_external_data=True, all_tensors_to_one_file=True, location=weights.name
-        )
+    with atomic_path(target) as temporary, atomic_path(data) as weights:  # the data gets its name first
+        ir.save(ir.from_proto(proto), temporary, external_data=weights.name)
         _point_to(temporary, weights.name, data.name)
+
+
+def exceeds_one_file(model: onnx.ModelProto) -> bool:
+    """Tell whether a model is too large for one protobuf message, so that its weights need files of their own."""
+    try:
+        return int(model.ByteSize()) >= PROTOBUF_LIMIT_BYTES
+    except Exception:  # above 2 GB protobuf cannot even tell the size; it raises a type of its own
+        return True
+
+
+def open_session(
+    model: onnx.ModelProto, *, execution: Execution, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Make an ONNX Runtime session of a model in memory, whatever its size; see `engines.onnxrt.make_session`.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model.
+    """
+    if not exceeds_one_file(model):
+        return make_session(model.SerializeToString(), execution=execution, threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        save_model(model, file)
+        return make_session(file, execution=execution, threads=threads)
 
 
 def constant_array(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -171,7 +198,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check(model: onnx.ModelProto, file: Path) -> None:
-    if model.ByteSize() >= PROTOBUF_LIMIT_BYTES:
+    if exceeds_one_file(model):
         return
     values = [*model.graph.input, *model.graph.output]
     rankless = [value.type.tensor_type for value in values if not value.type.tensor_type.HasField("shape")]
@@ -192,7 +219,7 @@ def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     try:
         with quiet():
             slim = onnxslim.slim(model)
-            inferred = onnx.shape_inference.infer_shapes(slim, data_prop=True)
+            inferred = _with_shapes(slim)
     except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
         line = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -203,6 +230,14 @@ def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     del inferred.graph.input[:]
     inferred.graph.input.extend(kept.get(value.name, value) for value in inputs)
     return inferred
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    if not exceeds_one_file(model):
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    large = ir.from_proto(model)
+    ShapeInferencePass(data_prop=True)(large)  # takes the large weights away while it works
+    return ir.to_proto(large)
 
 
 def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:

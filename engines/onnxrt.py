@@ -155,6 +155,9 @@ def make_session(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings about unused initializers and the like are no news to the user
+    # Idle worker threads would spin for tens of milliseconds after a run, and slow down whatever runs next: another
+    # session of a benchmark, the counting of a calibration.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if execution == "exact":

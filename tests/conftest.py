@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
@@ -90,3 +92,116 @@ class FakeRunner:
 def fake_runner() -> type[FakeRunner]:
     """The class of a runner that needs no model file."""
     return FakeRunner
+
+
+class GraphBuilder:
+    """Draws an ONNX graph node by node, with seeded weights.
+
+    The methods that add something return the name of the tensor that it makes. A node is named `n_` + its first output.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def input(
+        self, name: str = "x", shape: Sequence[int | str] | None = ("N", 3, 8, 8), dtype: int = TensorProto.FLOAT
+    ) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def constant(self, values: Any, name: str | None = None) -> str:
+        name = name or f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def normal(self, shape: Sequence[int], scale: float = 1.0, name: str | None = None) -> str:
+        """A constant of normally distributed float32."""
+        return self.constant(self.rng.normal(0, scale, tuple(shape)).astype(np.float32), name)
+
+    def node(self, op_type: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+        return self.nodes_of(op_type, inputs, [output or f"{op_type.lower()}_{len(self.nodes)}"], **attributes)[0]
+
+    def nodes_of(self, op_type: str, inputs: Sequence[str], outputs: list[str], **attributes: Any) -> list[str]:
+        """A node with several outputs."""
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=f"n_{outputs[0]}", **attributes))
+        return outputs
+
+    def conv(
+        self, x: str, channels: tuple[int, int], output: str | None = None, *, kernel: int = 3, bias: bool = True,
+        group: int = 1, pads: Sequence[int] | None = None, **attributes: Any,
+    ) -> str:  # fmt: skip
+        """A 2-D convolution from channels[0] to channels[1] that keeps the size where `pads` is not given."""
+        shape = (channels[1], channels[0] // group, kernel, kernel)
+        inputs = [x, self.normal(shape, np.prod(shape[1:]) ** -0.5)]
+        if bias:
+            inputs.append(self.normal(channels[1:], 0.1))
+        pads = [kernel // 2] * 4 if pads is None else pads
+        return self.node("Conv", inputs, output, pads=pads, group=group, **attributes)
+
+    def gemm(self, x: str, features: tuple[int, int], output: str | None = None, *, bias: bool = True) -> str:
+        inputs = [x, self.normal(features[::-1], features[0] ** -0.5)]
+        if bias:
+            inputs.append(self.normal(features[1:], 0.1))
+        return self.node("Gemm", inputs, output, transB=1)
+
+    def clip(self, x: str, low: float, high: float) -> str:
+        return self.node("Clip", [x, self.constant(np.float32(low)), self.constant(np.float32(high))])
+
+    def model(
+        self, outputs: Iterable[str | onnx.ValueInfoProto], *, opset: int = 20, ir_version: int = 10
+    ) -> onnx.ModelProto:
+        values = [
+            helper.make_tensor_value_info(value, TensorProto.FLOAT, None) if isinstance(value, str) else value
+            for value in outputs
+        ]
+        graph = helper.make_graph(self.nodes, "drawn", self.inputs, values, self.initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+
+    def save(self, path: Path, outputs: Iterable[str | onnx.ValueInfoProto], **versions: int) -> Path:
+        path.write_bytes(self.model(outputs, **versions).SerializeToString())
+        return path
+
+
+@pytest.fixture(scope="session")
+def graph_builder() -> type[GraphBuilder]:
+    """The class that draws ONNX graphs."""
+    return GraphBuilder
+
+
+def run_onnx(
+    model: Path | onnx.ModelProto | ir.Model,
+    feeds: Mapping[str, Any],
+    *,
+    optimized: bool = False,
+    fetch: Sequence[str] | None = None,
+    optimized_model: Path | None = None,
+) -> dict[str, Any]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized_model is not None:
+        options.optimized_model_filepath = str(optimized_model)
+    source: Any = model
+    if isinstance(model, Path):
+        source = onnx.load(model)
+    elif isinstance(model, ir.Model):
+        source = ir.to_proto(model)
+    if fetch is not None:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source)
+        present = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetch if name not in present)
+        source = proto
+    session = onnxruntime.InferenceSession(source.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = list(fetch) if fetch is not None else [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+@pytest.fixture(scope="session")
+def run_model() -> Callable[..., dict[str, Any]]:
+    """Runs a model in ONNX Runtime, as written unless `optimized`: run_model(model, feeds, fetch=[tensor, ...])."""
+    return run_onnx

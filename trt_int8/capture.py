@@ -98,7 +98,7 @@ def capture(
     args, kwargs = binding.arguments(_tensors(samples, inputs))
     axes = {name: dict(dynamic.get(name, {})) or None for name in inputs}
     try:
-        with _evaluation(parts), quiet(), _errors_only("torch"), _errors_only("onnxscript"):
+        with _evaluation(parts), quiet(), _muted("torch", "onnxscript"):
             program = torch.onnx.export(
                 model,
                 args,
@@ -116,7 +116,7 @@ def capture(
         raise AssertionError("torch.onnx.export returns a program where it is given no file")
     name_after_modules(program.model)
     proto = program.model_proto
-    _check_interface(proto, inputs, names)
+    _check_interface(proto, opset, inputs, names)
     if isinstance(model, torch.export.ExportedProgram):
         _name_batch_axis(proto)
     return Captured(proto, reference)
@@ -154,15 +154,16 @@ def _evaluation(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    """Keep warnings of a logger, whose handlers write to the terminal, from being shown."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _muted(*names: str) -> Iterator[None]:
+    """Silence loggers whose handlers write to the terminal; what they would report reaches the user as an error."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def _named_outputs(outputs: object, inputs: Sequence[str]) -> dict[str, Array]:
@@ -195,7 +196,11 @@ def _named_outputs(outputs: object, inputs: Sequence[str]) -> dict[str, Array]:
     return named
 
 
-def _check_interface(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _check_interface(proto: onnx.ModelProto, opset: int, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    # The exporter only logs that it could not convert to the opset that was asked for.
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise ExportError(f"PyTorch cannot write opset {opset}: it wrote {written}. Ask for opset 18 to 25.")
     for what, wanted, values in (("inputs", inputs, proto.graph.input), ("outputs", outputs, proto.graph.output)):
         found = [value.name for value in values]
         if found != list(wanted):

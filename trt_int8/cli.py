@@ -101,8 +101,9 @@ def run(
     """Export, calibrate, quantize, measure and report, as a configuration says."""
     from trt_int8.config import load_config
 
-    _note(f"backend: onnxruntime ({'asked for' if backend == 'onnxruntime' else 'the only one here'})")
-    _run(load_config(config, set_ or []), output, resume=resume)
+    settings = load_config(config, set_ or [])
+    _note(f"backend: onnxruntime ({'as asked' if backend == 'onnxruntime' else 'the only one of this version'})")
+    _run(settings, output, resume=resume)
 
 
 @app.command()

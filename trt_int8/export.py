@@ -232,7 +232,13 @@ class _Export:
     def check(self) -> None:
         """Compare the file with its reference."""
         if self.reference is not None:
-            self.differences = check_reproduction(self.file, self.reference, self.samples, tolerance=self.tolerance)
+            try:
+                self.differences = check_reproduction(self.file, self.reference, self.samples, tolerance=self.tolerance)
+            except ModelError as error:
+                reason = _one_line(error.__cause__ or error).replace(str(self.file), self.file.name)
+                raise ExportError(
+                    f"ONNX Runtime refuses the exported model: {reason}. Try another opset, or simplify=False."
+                ) from error
 
     def publish(self, target: Path) -> ExportResult:
         """Move what was written to its place.
@@ -335,7 +341,7 @@ def _staging_folder(target: Path) -> Iterator[Path]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return " ".join(str(error).split())[:600].rstrip(".") or type(error).__name__
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:

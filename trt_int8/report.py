@@ -1,7 +1,7 @@
 """The HTML report of a run: one file that needs nothing else, made from the files in the run's folder alone.
 
 It asks for nothing over the network, works without JavaScript (which only sorts and filters tables), and follows the
-reader's light or dark scheme. What a run does not hold is said, not hidden. Figures are drawn by `trt_int8.plots`, the
+reader's light or dark scheme. What a run does not hold is said, not hidden. Figures are drawn by `trt_int8.plots`
 text is `templates/report.html.j2`, what it says is decided in `trt_int8.report_models`, `report_tensors` and
 `report_verdict`.
 """
@@ -9,28 +9,39 @@ text is `templates/report.html.j2`, what it says is decided in `trt_int8.report_
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2 import Environment, PackageLoader, ChainableUndefined
+from markupsafe import Markup
 
 from calibrators.calibration import DEFAULT_PERCENTILE, METHODS, Calibration
 from calibrators.files import write_text
 from calibrators.protocols import Track, untracked
 from trt_int8 import plots
 from trt_int8.errors import ConfigError
+from trt_int8.plot_histogram import histogram_figure
+from trt_int8.plot_svg import PALETTE
 from trt_int8.report_models import Json, ModelRow, Size, model_rows
 from trt_int8.report_tensors import TensorRow, most_contested, placements, tensor_rows
-from trt_int8.report_verdict import closest_methods, format_bytes, headline, judge
+from trt_int8.report_text import (
+    ABSENT,
+    breakable,
+    describe_tensor,
+    fixed,
+    format_bytes,
+    moment,
+    percent,
+    significant,
+)
+from trt_int8.report_verdict import closest_methods, headline, judge
 from trt_int8.run_folder import read_manifest
 
 REPORT = "report.html"
+POLYGRAPHY = "polygraphy/commands.sh"
 
 PLOTTED_TENSORS = 80
 """Histograms in a report at most: the tensors on which the methods differ most. The table lists every tensor."""
@@ -40,10 +51,6 @@ OPEN_TENSORS = 6
 
 SMALLEST_PART = 0.01
 """Data types below this share of every file are drawn together."""
-
-ABSENT = "–"  # noqa: RUF001  the dash that a typesetter puts into an empty cell
-
-_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
     """Write `report.html` into a run's folder.
 
     Args:
-        folder: the folder; its `manifest.json` is needed, every other file is optional and its absence said in the page.
+        folder: the folder; its `manifest.json` is needed, every other file is optional, and its absence is said.
         track: shows the progress.
 
     Returns:
@@ -83,25 +90,30 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
     groups = _size_groups(rows)
     own_evaluation = not config.get("data") or bool(config["data"].get("evaluation"))
     tensors = () if calibration is None else tensor_rows(calibration, files["quantization"], percentile)
-    page = _environment().get_template("report.html.j2").render(
-        manifest=manifest,
-        machine=_machine_facts(manifest.get("machine") or {}),
-        verdict=judge(rows, method, own_evaluation=own_evaluation),
-        rows=rows,
-        delivered=headline(rows, method),
-        files=files,
-        figures=_figures(rows, groups),
-        size_groups=groups,
-        closest=closest_methods(rows),
-        configured_method=method,
-        fingerprint=None if calibration is None else calibration.fingerprint,
-        tensors=tensors,
-        cards=[] if calibration is None else _cards(calibration, tensors, percentile, track),
-        open_cards=OPEN_TENSORS,
-        method_labels=_method_labels(percentile),
-        placements=placements(files["quantization"], method),
-        config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
-        palette=plots.PALETTE,
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            manifest=manifest,
+            machine=_machine_facts(manifest.get("machine") or {}),
+            verdict=judge(rows, method, own_evaluation=own_evaluation),
+            rows=rows,
+            delivered=headline(rows, method),
+            files=files,
+            figures=_figures(rows, groups),
+            size_groups=groups,
+            closest=closest_methods(rows),
+            configured_method=method,
+            fingerprint=None if calibration is None else calibration.fingerprint,
+            tensors=tensors,
+            cards=[] if calibration is None else _cards(calibration, tensors, percentile, track),
+            open_cards=OPEN_TENSORS,
+            method_labels=_method_labels(percentile),
+            placements=placements(files["quantization"], method),
+            polygraphy=(folder / POLYGRAPHY).is_file(),
+            config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+            palette=PALETTE,
+        )
     )
     target = folder / REPORT
     write_text(target, page)
@@ -112,7 +124,8 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("trt_int8"),
         autoescape=True,
-        undefined=StrictUndefined,
+        # A run of an older version may lack what a newer one writes; such figures are absent, no error.
+        undefined=ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -129,53 +142,6 @@ def _environment() -> Environment:
     return environment
 
 
-def fixed(value: float | None, digits: int, unit: str = "") -> str:
-    """Write a number with fixed decimals, a dash for None; `unit` follows as it is."""
-    if value is None:
-        return ABSENT
-    return f"{value:,.{digits}f}{unit}".replace("-", _MINUS)
-
-
-def significant(value: float | None, digits: int = 4) -> str:
-    """Write a number with so many significant digits, a dash for None."""
-    if value is None:
-        return ABSENT
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:#.{digits}g}".rstrip(".").replace("-", _MINUS)
-
-
-def percent(share: float) -> str:
-    """Write a share of 0 to 1 in per cent, small ones with two significant digits; 0 and 100 are exact."""
-    if share in (0.0, 1.0):
-        return f"{100 * share:.0f} %"
-    digits = 1 if share >= 0.01 else 1 - math.floor(math.log10(100 * share))
-    return f"{min(100 * share, 99.9):.{digits}f} %"
-
-
-def breakable(name: str) -> Markup:
-    """Escape a name and let its lines break behind each slash."""
-    return Markup(str(escape(name)).replace("/", "/<wbr>"))
-
-
-def moment(stamp: Any) -> str:
-    """Write an ISO time stamp for reading: `2026-01-05 10:12 UTC`; as it is where it is none."""
-    try:
-        time = datetime.fromisoformat(str(stamp))
-    except ValueError:
-        return str(stamp)
-    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def describe_tensor(spec: Any) -> str:
-    """Write an input or output of `export.json`: `image: float32 (batch, 3, 32, 32)`."""
-    if not isinstance(spec, Mapping):
-        return str(spec)
-    shape = spec.get("shape")
-    axes = "any shape" if shape is None else f"({', '.join('?' if axis is None else str(axis) for axis in shape)})"
-    return f"{spec.get('name')}: {spec.get('dtype')} {axes}"
-
-
 def _read_json(path: Path) -> Json | None:
     """Read a result file; None where the run has none.
 
@@ -187,10 +153,13 @@ def _read_json(path: Path) -> Json | None:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot report on {str(path)!r}: it cannot be read as JSON ({error}). Run its stage again.") from error
+        raise ConfigError(
+            f"Cannot report on {str(path)!r}: it cannot be read as JSON ({error}). Run its stage again."
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(
-            f"Cannot report on {str(path)!r}: it holds a {type(value).__name__}, expected an object. Run its stage again."
+            f"Cannot report on {str(path)!r}: it holds a {type(value).__name__}; expected an object. "
+            "Run its stage again."
         )
     return value
 
@@ -210,7 +179,7 @@ def _cards(calibration: Calibration, rows: Sequence[TensorRow], percentile: floa
     for index, row in enumerate(track(chosen, "report", len(chosen))):
         thresholds = {threshold.method: threshold.amax for threshold in row.thresholds}
         words = ", ".join(f"{labels[method]} {value:.4g}" for method, value in thresholds.items())
-        figure = plots.histogram_figure(
+        figure = histogram_figure(
             calibration.histogram(row.name),
             thresholds,
             labels,
@@ -305,12 +274,18 @@ def _accuracy_figure(rows: Sequence[ModelRow]) -> dict[str, str]:
         plots.AccuracyPoint(
             row.method,
             row.target,
-            {"SQNR, dB": row.accuracy.sqnr_db, "agreement with FP32, %": row.accuracy.agreement, "top-1, %": row.accuracy.top1},
+            {
+                "SQNR, dB": row.accuracy.sqnr_db,
+                "agreement with FP32, %": row.accuracy.agreement,
+                "top-1, %": row.accuracy.top1,
+            },
         )
         for row in rows
         if row.precision == "int8" and row.accuracy is not None and row.method in METHODS
     ]
-    panels = [panel for panel in (points[0].values if points else ()) if any(p.values[panel] is not None for p in points)]
+    panels = [
+        panel for panel in (points[0].values if points else ()) if any(p.values[panel] is not None for p in points)
+    ]
     if not panels:
         return {}
     reference = next((row for row in rows if row.reference), None)
@@ -322,7 +297,9 @@ def _accuracy_figure(rows: Sequence[ModelRow]) -> dict[str, str]:
         + ", ".join(f"{panel} {value:.4g}" for panel in panels if (value := point.values[panel]) is not None)
         for point in points
     )
-    return {"accuracy": plots.accuracy_figure(points, panels, lines, f"Accuracy by method and target: {words}.", "accuracy")}
+    return {
+        "accuracy": plots.accuracy_figure(points, panels, lines, f"Accuracy by method and target: {words}.", "accuracy")
+    }
 
 
 def _machine_facts(machine: Json) -> list[tuple[str, str]]:
@@ -336,7 +313,7 @@ def _machine_facts(machine: Json) -> list[tuple[str, str]]:
         ("GPU", ", ".join(str(gpu.get("name")) for gpu in cuda.get("gpus") or ()) or cuda.get("error")),
         ("system", machine.get("system")),
         ("Python", machine.get("python")),
-        *((package, version) for package, version in versions.items() if version),
+        ("packages", ", ".join(f"{package} {version}" for package, version in versions.items() if version)),
     ]
     return [(what, str(value)) for what, value in facts if value]
 
@@ -345,5 +322,7 @@ def _cores(cpu: Json) -> str | None:
     if not cpu.get("cores_logical"):
         return None
     physical = f"{cpu['cores_physical']} cores, " if cpu.get("cores_physical") else ""
-    usable = f", {cpu['cores_usable']} usable here" if cpu.get("cores_usable") not in (None, cpu["cores_logical"]) else ""
+    usable = (
+        f", {cpu['cores_usable']} usable here" if cpu.get("cores_usable") not in (None, cpu["cores_logical"]) else ""
+    )
     return f"{physical}{cpu['cores_logical']} threads{usable}"

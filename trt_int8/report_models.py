@@ -129,10 +129,9 @@ def model_rows(
         file = str(half.get("file", ""))
         kinds["FP16"] = (file, "fp16", "", "")
         aliases |= dict.fromkeys(("FP16", file, PurePath(file).name), "FP16")
-    tables: list[dict[str, Json]] = []
-    for table in (timings, scores, measured):
-        tables.append({aliases.get(name, name): row for name, row in table.items()})
-    for name in dict.fromkeys(name for table in (*tables, dict.fromkeys([reference] if reference else [])) for name in table):
+    tables = [{aliases.get(name, name): row for name, row in table.items()} for table in (timings, scores, measured)]
+    known = [name for table in tables for name in table]
+    for name in dict.fromkeys([reference, *known] if reference else known):
         file = str((tables[2].get(name) or {}).get("file", ""))
         kinds.setdefault(name, (file, "fp32" if name == reference else "other", "", ""))
 

@@ -1,7 +1,7 @@
 """The verdict of the report: what came out of a run, in one sentence that a newcomer understands.
 
-It claims no more than was measured. A speed-up whose interval holds 1 is called none, a difference in top-1 is set against
-what chance explains, and what was simulated is called that.
+It claims no more than was measured. A speed-up whose interval holds 1 is called none, a difference in top-1 is set
+against what chance explains, and what was simulated is called that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from calibrators.calibration import DEFAULT_METHOD, METHODS
 from trt_int8.report_models import TARGETS, ModelRow, Timing
+from trt_int8.report_text import format_bytes
 
 _NOISE = 2.0
 """Standard deviations of a difference in top-1 that chance is allowed."""
@@ -80,7 +81,7 @@ def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool)
         return Verdict("This run holds no INT8 model yet.", (), ())
     against = reference.name if reference is not None else "FP32"
     speed = None if row.timing is None or row.timing.simulated else _speed_words(row.timing, against)
-    rest = [words for words in (_size_words(row, against if speed is None else ""), _accuracy_words(row, reference)) if words]
+    rest = list(filter(None, (_size_words(row, against if speed is None else ""), _accuracy_words(row, reference))))
     if speed is None and not rest:
         sentence = f"{row.short_name} was made, and not measured yet."
     elif speed is None:
@@ -92,7 +93,9 @@ def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool)
     twin = next((other for other in rows if other.method == row.method and other.target == "tensorrt"), None)
     remarks = [_tensorrt_words(twin, alone=twin is row), _noise_words(row, reference)]
     if row.accuracy is not None and not own_evaluation:
-        remarks.append("Accuracy was judged on the calibration data, which flatters: name evaluation data for a fair figure.")
+        remarks.append(
+            "Accuracy was judged on the calibration data, which flatters: name evaluation data for a fair figure."
+        )
     return Verdict(sentence, tuple(filter(None, remarks)), tuple(_tiles(row, twin, reference, against)))
 
 
@@ -111,7 +114,8 @@ def closest_methods(rows: Sequence[ModelRow]) -> tuple[str, ...]:
         if len(found) > 1:
             (most, best), (least, worst) = max(found), min(found)
             lines.append(
-                f"On the {target} target {best} comes closest to FP32 ({most:.1f} dB), {worst} stays furthest ({least:.1f} dB)."
+                f"On the {target} target {best} comes closest to FP32 ({most:.1f} dB), "
+                f"{worst} stays furthest ({least:.1f} dB)."
             )
     return tuple(lines)
 
@@ -187,7 +191,8 @@ def _tensorrt_words(twin: ModelRow | None, *, alone: bool) -> str:
         return ""
     found = twin.accuracy
     simulated = (
-        "by exact fake quantization in ONNX Runtime; no GPU was measured, so nothing here says how fast it is under TensorRT."
+        "by exact fake quantization in ONNX Runtime; "
+        "no GPU was measured, so nothing here says how fast it is under TensorRT."
     )
     if alone:
         return f"Its accuracy is simulated, {simulated}" if found.simulated else ""
@@ -217,37 +222,33 @@ def _tiles(row: ModelRow, twin: ModelRow | None, reference: ModelRow | None, aga
     timing = row.timing
     if timing is not None and not timing.simulated and timing.speedup is not None:
         tone = {True: "good", False: "bad", None: "plain"}[timing.faster]
-        note = {True: f"as fast as {against}", False: f"slower than {against}", None: f"no faster than {against}"}
-        interval = f"{timing.low:.2f} to {timing.high:.2f}"
-        yield Tile("Speed on this CPU", f"{timing.speedup:.2f}x", f"{note[timing.faster]} ({interval})", tone)
+        words = {True: "as fast as", False: "slower than", None: "no faster than"}[timing.faster]
+        note = f"{words} {against} ({timing.low:.2f} to {timing.high:.2f})"
+        yield Tile("Speed on this CPU", f"{timing.speedup:.2f}x", note, tone)
     if row.size is not None and row.size.ratio is not None:
         tone = "good" if row.size.ratio > 1 else "bad"
-        yield Tile("File size", f"{row.size.ratio:.1f}x", f"smaller than {against}: {format_bytes(row.size.file_bytes)}", tone)
+        note = f"smaller than {against}: {format_bytes(row.size.file_bytes)}"
+        yield Tile("File size", f"{row.size.ratio:.1f}x", note, tone)
     lost = lost_top1(row, reference)
     if lost is not None and row.accuracy is not None and row.accuracy.top1 is not None:
         digits, noise = _digits(row.accuracy.samples), top1_noise(row) or 0.0
         change = "±0" if round(lost, digits) == 0 else f"{-lost:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
         tone = "plain" if abs(lost) <= noise else "bad" if lost > 0 else "good"
-        yield Tile("Top-1, points", change, f"{row.accuracy.top1:.{digits}f} % on {row.accuracy.samples:,} samples", tone)
+        on = f" on {row.accuracy.samples:,} samples" if row.accuracy.samples else ""
+        yield Tile("Top-1, points", change, f"{row.accuracy.top1:.{digits}f} %{on}", tone)
     if row.accuracy is not None and row.accuracy.agreement is not None:
         changed = changed_answers(row)
-        note = "of decisions are FP32's" if changed is None else f"{changed:,} of {row.accuracy.samples:,} decisions differ"
+        note = (
+            "of decisions are FP32's"
+            if changed is None
+            else f"{changed:,} of {row.accuracy.samples:,} decisions differ"
+        )
         yield Tile("Agreement with FP32", f"{row.accuracy.agreement:.1f} %", note, "plain")
     if row.accuracy is not None and row.accuracy.sqnr_db is not None:
         note = "outputs against FP32"
         if twin is not None and twin is not row and twin.accuracy is not None and twin.accuracy.sqnr_db is not None:
             note = f"TensorRT target, simulated: {twin.accuracy.sqnr_db:.1f} dB"
         yield Tile("SQNR", f"{row.accuracy.sqnr_db:.1f} dB", note, "plain")
-
-
-def format_bytes(count: float | None) -> str:
-    """Write a number of bytes with a decimal unit; a dash for None."""
-    if count is None:
-        return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _listed(clauses: Sequence[str]) -> str:

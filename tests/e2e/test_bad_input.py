@@ -246,10 +246,8 @@ def test_pickle_that_needs_code(refused: Refused, tmp_path: Path, good: Path):
 
     (tmp_path / "weights.pt").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "net.py").write_text("from torch import nn\n\ndef net():\n    return nn.Linear(2, 2)\n")
-    line = refused(
-        ["export", f"{tmp_path}/net.py:net", "--input", "x:1x2", "--checkpoint", tmp_path / "weights.pt"]
-        + ["--output", tmp_path / "m.onnx"]
-    )
+    options = ["--input", "x:1x2", "--checkpoint", tmp_path / "weights.pt", "--output", tmp_path / "m.onnx"]
+    line = refused(["export", f"{tmp_path}/net.py:net", *options])
 
     assert "weights.pt" in line
     assert not (tmp_path / "executed").exists()

@@ -111,7 +111,7 @@ def test_every_file_is_written_and_recorded(finished: Path):
 
 
 def test_accuracy_covers_every_model(finished: Path):
-    """accuracy.json holds FP16 and each method on both targets, judged on all samples; only TensorRT's are simulated."""
+    """accuracy.json holds FP16 and each method on both targets, on all samples; only TensorRT's are simulated."""
     result = read(finished / "accuracy.json")
     rows = {row["name"]: row for row in result["candidates"]}
 

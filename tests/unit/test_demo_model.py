@@ -1,0 +1,160 @@
+"""The demo's network, data and training, at a width and length that take no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch  # noqa: TID253
+from safetensors.torch import load_file
+
+from calibrators.errors import FileAccessError
+from trt_int8.demo.digits import DigitsSplit, Recipe, TrainResult, load_digits_split, prepare_demo, train
+from trt_int8.demo.model import BasicBlock, digits_resnet
+
+Item = TypeVar("Item")
+
+QUICK = Recipe(width=4, epochs=1, batch_size=128)
+
+
+@pytest.fixture(scope="module")
+def split() -> DigitsSplit:
+    """The scans."""
+    return load_digits_split()
+
+
+def test_the_network_maps_images_to_ten_logits() -> None:
+    """Any batch of 32x32 images; the stages halve the size and double the channels."""
+    torch.manual_seed(0)
+    model = digits_resnet(4).eval()
+    assert model(torch.zeros(3, 1, 32, 32)).shape == (3, 10)
+    kinds = [type(part).__name__ for part in model.modules()]
+    assert kinds.count("BasicBlock") == 3
+    assert kinds.count("BatchNorm2d") == 9
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(4, 4, 1), (4, 8, 2)])
+def test_a_block_adds_its_shortcut(inputs: int, outputs: int, stride: int) -> None:
+    """With the residual branch silenced, a block is the ReLU of its shortcut: identity or projection."""
+    torch.manual_seed(0)
+    block = BasicBlock(inputs, outputs, stride).eval()
+    torch.nn.init.zeros_(block.bn2.weight)
+    features = torch.randn(2, inputs, 8, 8)
+    if stride == 1:
+        expected = features
+    else:
+        projection = block.shortcut.get_parameter("0.weight")
+        # A fresh BatchNorm has mean 0 and variance 1.
+        expected = torch.einsum("oi,nihw->nohw", projection[:, :, 0, 0], features[:, :, ::2, ::2]) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(block(features), expected.clamp(min=0))
+
+
+def test_the_scans_are_split_by_digit_and_always_alike(split: DigitsSplit) -> None:
+    """540 of 1797 are held back, each digit in its share; shapes and dtypes are the network's."""
+    assert split.train_images.shape == (1257, 1, 32, 32)
+    assert split.test_images.shape == (540, 1, 32, 32)
+    assert split.train_images.dtype == split.test_images.dtype == np.float32
+    assert split.train_labels.dtype == split.test_labels.dtype == np.int64
+    assert np.bincount(split.test_labels).tolist() == [53, 55, 53, 55, 54, 55, 54, 54, 52, 55]
+    for first, second in zip(split, load_digits_split(), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_no_scan_is_on_both_sides(split: DigitsSplit) -> None:
+    """Nothing that is held back was seen in training, nor by calibration."""
+    seen = {image.tobytes() for image in split.train_images}
+    assert not any(image.tobytes() in seen for image in split.test_images)
+
+
+def test_scans_are_enlarged_bilinearly(split: DigitsSplit) -> None:
+    """Every scan is a scikit-learn scan, whose pixels are the means of the four middle pixels of their 4x4 cells."""
+    from sklearn.datasets import load_digits
+
+    cells = split.test_images.reshape(-1, 8, 4, 8, 4)
+    scans = {scan.tobytes() for scan in load_digits().images.astype(np.float32) / 8 - 1}
+    middles = cells[:, :, 1:3, :, 1:3].mean(axis=(2, 4))
+    inner = middles[:, 1:-1, 1:-1]
+    originals = np.stack([np.frombuffer(scan, dtype=np.float32).reshape(8, 8) for scan in scans])[:, 1:-1, 1:-1]
+    distance = np.abs(inner[:20, None] - originals[None]).max(axis=(2, 3)).min(axis=1)
+    assert split.test_images.min() == -1
+    assert split.test_images.max() == 1
+    assert distance.max() < 0.35
+
+
+def test_training_learns_repeats_itself_and_leaves_the_global_state_alone(split: DigitsSplit) -> None:
+    """One epoch of a tiny net is far above chance; the same seed gives the same weights; steps are tracked."""
+    seen: list[tuple[str, int | None, int]] = []
+
+    def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+        listed = list(items)
+        seen.append((description, total, len(listed)))
+        return listed
+
+    def trained() -> tuple[TrainResult, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        model = digits_resnet(QUICK.width)
+        random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+        result = train(model, split, replace(QUICK, epochs=3), track=track)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert torch.get_num_threads() == threads
+        assert not model.training
+        return result, model.state_dict()
+
+    (first, weights), (second, again) = trained(), trained()
+    assert first.accuracy == second.accuracy > 0.3
+    assert (first.epochs, first.seconds > 0) == (3, True)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert seen == [("train the network", 27, 27)] * 2
+
+
+def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:
+    """The checkpoint is loaded the second time, and trained anew when the recipe changes or the file is damaged."""
+    state = torch.get_rng_state()
+    first = prepare_demo(tmp_path, recipe=QUICK)
+    assert first.training is not None
+    assert first.training.accuracy == first.accuracy
+    weights = load_file(first.checkpoint)
+
+    second = prepare_demo(tmp_path, recipe=QUICK)
+    assert second.training is None
+    assert second.accuracy == first.accuracy
+
+    other = prepare_demo(tmp_path, recipe=replace(QUICK, seed=1))
+    assert other.training is not None
+    assert not torch.equal(load_file(other.checkpoint)["fc.weight"], weights["fc.weight"])
+
+    other.checkpoint.write_bytes(other.checkpoint.read_bytes()[:1000])
+    assert prepare_demo(tmp_path, recipe=replace(QUICK, seed=1)).training is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "calibration_data.npz",
+        "digits.safetensors",
+        "evaluation_data.npz",
+    ]
+
+
+def test_the_files_hold_training_and_held_back_scans(tmp_path: Path, split: DigitsSplit) -> None:
+    """1000 training scans to calibrate on, the held-back ones to judge by, and weights that `digits_resnet` takes."""
+    files = prepare_demo(tmp_path / "new folder", recipe=QUICK)
+    with np.load(files.calibration_data) as data:
+        np.testing.assert_array_equal(data["image"], split.train_images[:1000])
+        np.testing.assert_array_equal(data["label"], split.train_labels[:1000])
+    with np.load(files.evaluation_data) as data:
+        np.testing.assert_array_equal(data["image"], split.test_images)
+        labels, images = data["label"], data["image"]
+    model = digits_resnet(QUICK.width)
+    model.load_state_dict(load_file(files.checkpoint))
+    with torch.no_grad():
+        answers = model.eval()(torch.from_numpy(images)).argmax(dim=1).numpy()
+    assert np.mean(answers == labels) == pytest.approx(files.accuracy, abs=1 / len(labels))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    """A file in the folder's place is told, not a traceback."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileAccessError, match="Cannot write"):
+        prepare_demo(tmp_path / "file", recipe=QUICK)
