@@ -120,11 +120,11 @@ class _Writer:
         quantize = self._node("QuantizeLinear", [value, scale_value, zero_point], name)
         code = quantize.outputs[0]
         code.name = self._name(f"{name}_quantized")
-        code.shape, code.dtype = value.shape, ir.DataType.from_numpy(np.dtype(dtype))
         dequantize = self._node("DequantizeLinear", [code, scale_value, zero_point], name)
         real = dequantize.outputs[0]
         real.name = name if is_output else self._name(f"{name}_dequantized")
-        real.shape, real.dtype = value.shape, ir.DataType.FLOAT
+        if is_output:  # the types of other tensors follow from their nodes; written out, they would only fill the file
+            real.type, real.shape = value.type, value.shape
         producer = value.producer()
         if producer is None:
             self._graph.insert_before(self._graph[0], [quantize, dequantize])
@@ -173,7 +173,7 @@ class _Writer:
         attributes = {"axis": axis} if axis is not None else {}
         node = self._node("DequantizeLinear", [quantized, scale_value, zero_point], stem, attributes)
         real = node.outputs[0]
-        real.name, real.shape, real.dtype = self._name(f"{stem}_dequantized"), ir.Shape(codes.shape), ir.DataType.FLOAT
+        real.name = self._name(f"{stem}_dequantized")
         self._graph.insert_before(reader, node)
         return real
 
@@ -185,7 +185,6 @@ class _Writer:
     def _constant(self, stem: str, array: Array) -> ir.Value:
         name = self._name(stem)
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
         self._graph.register_initializer(value)
         return value
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calibrators.calibration import Calibration
 from calibrators.protocols import Array, Track, untracked
-from engines.graph import PreparedModel
+from engines.graph import PreparedModel, name_of
 from engines.onnxrt import make_session, tensor_specs
 from engines.placement import Placement
 from engines.qdq import insert_qdq
@@ -176,13 +176,17 @@ class _Trial:
 
 def _expose_scales(model: ir.Model, placement: Placement) -> list[tuple[str, str]]:
     """Turn the scales of the activations into graph inputs; return (input name, tensor whose scale it takes)."""
+    graph = model.graph
+    scales = {node.inputs[0]: node.inputs[1] for node in graph if node.op_type == "QuantizeLinear"}
+    by_tensor = {value.name: scale for value, scale in scales.items() if value is not None and scale is not None}
     exposed: list[tuple[str, str]] = []
     for point in placement.activations:
-        name = f"{point.tensor}_scale"
-        value = model.graph.initializers.pop(name)
-        value.const_value = None
-        model.graph.inputs.append(value)
-        exposed.append((name, point.scale_of))
+        scale = by_tensor[point.tensor]
+        graph.initializers.pop(name_of(scale))
+        scale.const_value = None
+        scale.shape, scale.dtype = ir.Shape(()), ir.DataType.FLOAT
+        graph.inputs.append(scale)
+        exposed.append((name_of(scale), point.scale_of))
     return exposed
 
 

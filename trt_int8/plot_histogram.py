@@ -27,6 +27,12 @@ HISTOGRAM_BINS = 96
 LOGARITHMIC_BELOW = 0.08
 """A histogram's axis becomes logarithmic where a threshold lies below this share of the largest magnitude."""
 
+LEFT_OUT = 0.01
+"""Share of the values that are not zero, the smallest, which a logarithmic axis leaves out."""
+
+WIDEST_RANGE = 1e8
+"""Largest magnitude / smallest one on a logarithmic axis."""
+
 _CHARACTER_SHARE = 0.0175
 """Width of a letter of a threshold's label, as a share of the axes' width."""
 
@@ -53,7 +59,7 @@ def histogram_figure(
     """
     amax = histogram.amax
     logarithmic = min(thresholds.values()) < LOGARITHMIC_BELOW * amax
-    counts, edges = _rebinned(histogram, min(thresholds.values()) / 30 if logarithmic else 0.0)
+    counts, edges = _rebinned(histogram, _lowest_edge(histogram, min(thresholds.values())) if logarithmic else 0.0)
     place = np.log10 if logarithmic else np.asarray
     with empty_figure(3.7, 2.2) as figure:
         axes = make_axes(figure, 0.095, 0.15, 0.885, 0.56)
@@ -103,6 +109,17 @@ def _threshold_lines(
         )  # fmt: skip
 
 
+def _lowest_edge(histogram: MagnitudeHistogram, threshold: float) -> float:
+    """Return where a logarithmic axis starts: `LEFT_OUT` of the values that are not zero lie below.
+
+    It stays well below the lowest threshold, and within `WIDEST_RANGE` of the largest magnitude.
+    """
+    ranks = np.cumsum(histogram.nonzero_counts())
+    first = int(np.searchsorted(ranks, LEFT_OUT * ranks[-1], side="right"))
+    edge = float(lower_edges(histogram.bins[first : first + 1])[0])
+    return max(min(edge, threshold / 10), histogram.amax / WIDEST_RANGE)
+
+
 def _rebinned(histogram: MagnitudeHistogram, smallest: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum a histogram's bins into at most `HISTOGRAM_BINS` wider ones; return their counts and edges.
 
@@ -123,7 +140,9 @@ def _rebinned(histogram: MagnitudeHistogram, smallest: float) -> tuple[NDArray[n
 
 
 def _decades(left: float, right: float) -> list[float]:
-    return [float(decade) for decade in range(math.ceil(left), math.floor(right) + 1)]
+    """Return at most six whole numbers within the limits, evenly spaced."""
+    first, last = math.ceil(left), math.floor(right)
+    return [float(decade) for decade in range(first, last + 1, max(1, -(-(last - first) // 5)))]
 
 
 def _power(decade: int) -> str:

@@ -43,7 +43,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "dtype-other": ("#c98a1b", "#e0aa4a"),
     "dtype-rest": ("#d5dae1", "#343c46"),
 }
-"""CSS variable to its colour on a light and on a dark page. No light colour occurs twice: it stands for the variable."""
+"""CSS variable to its colours on a light and a dark page. No light colour occurs twice: it stands for its variable."""
 
 COLOUR = {name: light for name, (light, _) in PALETTE.items()}
 """CSS variable to the colour that stands for it in a drawing."""
@@ -62,12 +62,12 @@ are names."""
 
 @contextmanager
 def empty_figure(width: float, height: float) -> Iterator[Figure]:
-    """Give an empty figure, sizes in inches, under settings of its own that end with the block."""
-    import matplotlib
+    """Give an empty figure, sizes in inches; matplotlib's settings are its defaults and ours until the block ends."""
+    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    with style.context(["default", _SETTINGS]), warnings.catch_warnings():
         # The browser has the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), facecolor="none", edgecolor="none")
@@ -134,22 +134,25 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
             "height": f"{height * 4 / 3:.0f}",
         }
     )
-    text = ET.tostring(root, encoding="unicode", short_empty_elements=False)
-    return re.sub(r"#[0-9a-f]{6}\b", lambda match: _VARIABLE_OF.get(match[0], match[0]), text)
+    return ET.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
 def _compact(attributes: dict[str, str]) -> dict[str, str]:
-    """Shorten what matplotlib writes: a tenth of a point is finer than any screen; the font is the page's."""
+    """Shorten what matplotlib writes, a tenth of a point being finer than any screen; leave font and colours to CSS."""
     short: dict[str, str] = {}
     for key, value in attributes.items():
-        if key == "d":
-            value = _rounded(" ".join(value.split()), 1)
-        elif key in ("x", "y", "width", "height", "transform"):
-            value = _rounded(value, 2)
-        elif key == "style":
-            value = re.sub(r"font-family:[^;]*;? ?", "", value)
-            value = re.sub(r"(font: .*?px) '[^;]*", r"\1 sans-serif", value)
-        short[key] = value
+        match key:
+            case "d":
+                short[key] = _rounded(" ".join(value.split()), 1)
+            case "x" | "y" | "width" | "height" | "transform":
+                short[key] = _rounded(value, 2)
+            case "style":
+                without_font = re.sub(
+                    r"(font: .*?px) [^;]*", r"\1 sans-serif", re.sub(r"font-family:[^;]*; ", "", value)
+                )
+                short[key] = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLE_OF.get(found[0], found[0]), without_font)
+            case _:
+                short[key] = value
     return short
 
 

@@ -149,10 +149,10 @@ def placements(quantization: Json | None, delivered: str | None) -> tuple[Placem
 
 
 def clipped_share(histogram: MagnitudeHistogram, amax: float) -> float:
-    """Return the share of all values, zeros included, whose magnitude lies above `amax`; by whole bins."""
-    if not histogram.count:
+    """Return the share of all values, zeros included, whose magnitude lies above `amax`, by whole bins."""
+    if amax >= histogram.amax:
         return 0.0
-    return float(histogram.counts[lower_edges(histogram.bins) > amax].sum()) / histogram.count
+    return float(histogram.counts[lower_edges(histogram.bins) >= amax].sum()) / histogram.count
 
 
 def _row(

@@ -214,8 +214,8 @@ def _noise_words(row: ModelRow, reference: ModelRow | None) -> str:
     digits = _digits(row.accuracy.samples)
     answers = f"{changed:,} of {row.accuracy.samples:,} answers differ from FP32's"
     if abs(lost) <= noise:
-        return f"{answers}; with so few, a difference of up to {noise:.{digits}f} points of top-1 is chance."
-    return f"{answers}; chance explains {noise:.{digits}f} points of top-1 at most, so the difference is real."
+        return f"{answers}; with so few, a difference of up to {noise:.{digits}f} points of top-1 may be chance."
+    return f"{answers}; chance explains about {noise:.{digits}f} points of top-1, and the difference is larger."
 
 
 def _tiles(row: ModelRow, twin: ModelRow | None, reference: ModelRow | None, against: str) -> Iterable[Tile]:
