@@ -164,7 +164,7 @@ def accuracy_figure(
                     _accuracy_marker(axes, methods.index(point.method), point, value)
             low, high = _span(found)
             axes.set_xlim(low, high)
-            ticks = round_positions(low, high)
+            ticks = [tick for tick in round_positions(low, high) if "%" not in panel or 0 <= tick <= 100]
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             _title(axes, panel_title)
         _marker_key(figure, [point.target for point in points], height)

@@ -211,6 +211,8 @@ def _noise_words(row: ModelRow, reference: ModelRow | None) -> str:
     lost, noise, changed = lost_top1(row, reference), top1_noise(row), changed_answers(row)
     if lost is None or noise is None or changed is None or row.accuracy is None:
         return ""
+    if not changed:
+        return f"None of its {row.accuracy.samples:,} answers differs from FP32's."
     digits = _digits(row.accuracy.samples)
     answers = f"{changed:,} of {row.accuracy.samples:,} answers differ from FP32's"
     if abs(lost) <= noise:

@@ -228,7 +228,7 @@ def points(prepared: PreparedModel) -> dict[str, ActivationPoint]:
 def test_every_convolution_runs_on_integers(
     net: Any, drawn: Any, minmax: Any, tmp_path: Path, run_model: Callable[..., Any]
 ) -> None:
-    """In the graph that ONNX Runtime executes no float Conv, Gemm or MatMul is left, and its outputs are the exact ones.
+    """ONNX Runtime executes no float Conv, Gemm or MatMul, and its outputs are the exact ones.
 
     Exact is the file run as written, Q/DQ as fake quantization; a few kernels round on another way, by a step or two.
     """

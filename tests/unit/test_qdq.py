@@ -191,9 +191,7 @@ class TestScales:
 
     def test_a_missing_scale_is_named(self, tiny_model: Path) -> None:
         """A calibration of another model lacks tensors; how many, and which."""
-        with pytest.raises(
-            CalibrationError, match=r"no scale for 1 of 2 tensors \('relu'\)"):
-        ):
+        with pytest.raises(CalibrationError, match=r"no scale for 1 of 2 tensors \('relu'\)"):
             for_tensorrt(prepare(tiny_model), {"input": 0.1})
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])

@@ -573,6 +573,16 @@ def test_loss_beyond_chance_is_said() -> None:
     assert (verdict.tiles[0].value, verdict.tiles[0].tone) == ("\N{MINUS SIGN}5.0", "bad")
 
 
+def test_unchanged_answers_are_said() -> None:
+    """Where no answer differs there is nothing for chance to explain."""
+    quantization = {"models": [{"file": "m", "method": "mse", "target": "cpu"}]}
+    row = {"name": "INT8 mse, cpu", "samples": 540, "top1": 99.0, "agreement": 100.0}
+    accuracy = {"reference": "FP32", "reference_scores": {"samples": 540, "top1": 99.0}, "candidates": [row]}
+    verdict = judge(model_rows(quantization, None, accuracy, None), "mse", own_evaluation=True)
+    assert verdict.sentence == "INT8 (mse) keeps its top-1 of 99.0 %."
+    assert verdict.remarks == ("None of its 540 answers differs from FP32's.",)
+
+
 def test_outputs_that_are_not_finite_are_said() -> None:
     """A model that gives NaN has no accuracy: the verdict says that instead."""
     quantization = {"models": [{"file": "m", "method": "mse", "target": "cpu"}]}

@@ -153,16 +153,14 @@ def train(model: torch.nn.Module, split: DigitsSplit, recipe: Recipe, *, track: 
             order = torch.randperm(len(images), generator=generator)
             yield from order[: steps_per_epoch * recipe.batch_size].reshape(-1, recipe.batch_size).unbind()
 
-    # The layout in which convolutions on a CPU are fastest.
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
+    model.train()
     for chosen in track(minibatches(), "train the network", steps):
-        batch = _shifted(images[chosen], recipe.max_shift, generator)
-        loss = loss_of(model(batch.contiguous(memory_format=torch.channels_last)), labels[chosen])
+        loss = loss_of(model(_shifted(images[chosen], recipe.max_shift, generator)), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the stubs lack it
+    model.eval()
     seconds = time.perf_counter() - started
     return TrainResult(_accuracy(model, split), recipe.epochs, seconds)
 

@@ -1,0 +1,234 @@
+"""Facts about `engines.activations`: what the calibration is handed is what the FP32 model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from calibrators.errors import CalibrationError
+from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.errors import InferenceError
+from engines.graph import PreparedModel, prepare
+from engines.placement_cpu import place_for_cpu
+from engines.placement_tensorrt import place_for_tensorrt
+
+RNG = np.random.default_rng(9)
+IMAGES = RNG.normal(size=(4, 3, 8, 8)).astype(np.float32)
+
+
+@dataclass
+class Batch:
+    feeds: Mapping[str, Any]
+    samples: int
+
+
+def delivered(prepared: PreparedModel, tensors: list[str], *batches: Batch) -> list[dict[str, Any]]:
+    source = OnnxRuntimeActivations(prepared, tensors, batches)
+    assert source.tensors == tensors
+    return [dict(batch.values) for batch in source.activations()]
+
+
+@pytest.fixture
+def residual(graph_builder: Any, tmp_path: Path) -> PreparedModel:
+    """A residual net with pooling, a Gemm and two outputs; dynamic batch."""
+    graph = graph_builder()
+    trunk = graph.node("Relu", [graph.conv(graph.input(), (3, 4), "stem")], "trunk")
+    branch = graph.conv(graph.node("Relu", [graph.conv(trunk, (4, 4), "b1")], "hidden"), (4, 4), "b2")
+    total = graph.node("Relu", [graph.node("Add", [branch, trunk], "sum")], "total")
+    graph.node("Sigmoid", [total], "mask")
+    graph.gemm(graph.node("Flatten", [graph.node("GlobalAveragePool", [total], "pooled")], "flat"), (4, 5), "logits")
+    return prepare(graph.save(tmp_path / "residual.onnx", ["mask", "logits"]))
+
+
+class TestChoice:
+    """Which tensors are counted."""
+
+    def test_quantized_covers_both_targets_and_the_borders(self, residual: PreparedModel) -> None:
+        """Every scale that either placement asks for, the float inputs and the outputs, in graph order."""
+        names = tensors_to_calibrate(residual)
+        order = ["x", *(output for node in residual.proto.graph.node for output in node.output)]
+
+        model = residual.ir()
+        assert {*place_for_tensorrt(model).tensors, *place_for_cpu(model).tensors} < set(names)
+        assert {"x", "mask", "logits"} <= set(names)
+        assert names == sorted(names, key=order.index)
+        assert {"stem", "b1"} & set(names) == set()  # their Relu's output is what anyone quantizes
+
+    def test_excluding_nodes_never_needs_a_tensor_that_was_not_calibrated(self, residual: PreparedModel) -> None:
+        """Without one convolution another Add input becomes the skip; its scale is there."""
+        names = set(tensors_to_calibrate(residual))
+        for excluded in ("n_stem", "n_b1", "n_b2", "n_logits"):
+            for place in (place_for_tensorrt, place_for_cpu):
+                assert set(place(residual.ir(), exclude=[excluded]).tensors) <= names
+
+    def test_all_names_every_float_activation(self, residual: PreparedModel) -> None:
+        """TensorRT's implicit path falls back to float wherever a scale is missing."""
+        assert tensors_to_calibrate(residual, "all") == [
+            "x", *(output for node in residual.proto.graph.node for output in node.output)
+        ]  # fmt: skip
+
+    def test_a_graph_with_nothing_to_quantize(self, graph_builder: Any, tmp_path: Path) -> None:
+        """It is an error that names the way out, and that way works."""
+        graph = graph_builder()
+        graph.node("Relu", [graph.input()], "y")
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+
+        with pytest.raises(CalibrationError, match=r"nothing to quantize.*--tensors all"):
+            tensors_to_calibrate(prepared)
+        assert tensors_to_calibrate(prepared, "all") == ["x", "y"]
+
+
+class TestValues:
+    """Against a run of the same graph without optimization."""
+
+    def test_delivered_values_are_those_of_an_unoptimized_run(
+        self, residual: PreparedModel, run_model: Callable[..., Any]
+    ) -> None:
+        """ONNX Runtime's fusions change nothing beyond float rounding, for every tensor of the graph."""
+        names = tensors_to_calibrate(residual, "all")
+        (found,) = delivered(residual, names, Batch({"x": IMAGES}, 4))
+        expected = run_model(residual.proto, {"x": IMAGES}, fetch=[name for name in names if name != "x"])
+
+        np.testing.assert_array_equal(found["x"], IMAGES)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+    def test_batches_come_one_by_one_with_their_index(self, residual: PreparedModel) -> None:
+        """The stream is read lazily: the second batch is made after the first was used; batch sizes may differ."""
+        made: list[int] = []
+
+        def stream() -> Any:
+            for size in (3, 1):
+                made.append(size)
+                yield Batch({"x": IMAGES[:size]}, size)
+
+        source = OnnxRuntimeActivations(residual, ["trunk"], stream())
+        running = source.activations()
+        assert made == []
+        first = next(running)
+        assert (made, first.batch, first.samples, first.values["trunk"].shape) == ([3], 0, 3, (3, 4, 8, 8))
+        second = next(running)
+        assert (made, second.batch, second.samples, second.values["trunk"].shape) == ([3, 1], 1, 1, (1, 4, 8, 8))
+        assert list(running) == []
+
+    def test_inputs_alone_need_no_run(self, residual: PreparedModel) -> None:
+        """A graph input is its own activation."""
+        assert [list(values) for values in delivered(residual, ["x"], Batch({"x": IMAGES}, 4))] == [["x"]]
+
+    def test_integer_scalar_and_second_inputs(
+        self, graph_builder: Any, tmp_path: Path, run_model: Callable[..., Any]
+    ) -> None:
+        """Token ids and a scalar are fed as they are; the float inputs are counted, the integers not."""
+        graph = graph_builder()
+        rows = graph.node("Gather", [graph.normal((9, 4)), graph.input("ids", ("N", 3), TensorProto.INT64)], "rows")
+        scaled = graph.node("Mul", [rows, graph.input("temperature", ())], "scaled")
+        both = graph.node("Add", [scaled, graph.input("bias", ("N", 3, 4))], "both")
+        graph.node("MatMul", [both, graph.normal((4, 2))], "y")
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+        feeds = {
+            "ids": np.int64([[0, 8, 3]]),
+            "temperature": np.array(2.5, np.float32),
+            "bias": RNG.normal(size=(1, 3, 4)).astype(np.float32),
+        }
+        names = tensors_to_calibrate(prepared)
+        (found,) = delivered(prepared, names, Batch(feeds, 1))
+
+        assert names == ["temperature", "bias", "both", "y"]
+        assert found["temperature"] == np.float32(2.5)
+        for name, value in run_model(prepared.proto, feeds, fetch=["both", "y"]).items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+    def test_producers_are_named_for_messages(self, residual: PreparedModel) -> None:
+        """A tensor with NaN is traced to its node."""
+        source = OnnxRuntimeActivations(residual, ["x", "trunk"], [])
+
+        assert source.producer("x") == "model input"
+        assert source.producer("trunk") == "node 'n_trunk'"
+
+
+class TestPadding:
+    """A fixed batch is filled up; the filling is not counted."""
+
+    @pytest.fixture
+    def fixed(self, graph_builder: Any, tmp_path: Path) -> PreparedModel:
+        """Batch 4, an input without rows, a reshape that merges the batch with another axis, and one that turns it."""
+        graph = graph_builder()
+        x = graph.node("Mul", [graph.input("x", (4, 6, 5)), graph.input("gain", ())], "gained")
+        x = graph.node("Add", [x, graph.input("offset", (6, 5))], "shifted")
+        merged = graph.node("Reshape", [x, graph.constant(np.int64([24, 5]))], "merged")
+        graph.node("MatMul", [merged, graph.normal((5, 2))], "y")
+        graph.node("Transpose", ["y"], "turned", perm=[1, 0])
+        return prepare(graph.save(tmp_path / "m.onnx", ["y", "turned"]))
+
+    def feeds(self) -> dict[str, Any]:
+        x = RNG.normal(size=(4, 6, 5)).astype(np.float32)
+        x[3] = 1e6  # the padding
+        return {"x": x, "gain": np.array(2, np.float32), "offset": np.ones((6, 5), np.float32)}
+
+    def test_rows_of_padding_are_cut_from_every_tensor(self, fixed: PreparedModel) -> None:
+        """Also where the batch was merged with another axis; inputs without a batch axis stay whole."""
+        feeds = self.feeds()
+        names = ["x", "gain", "offset", "gained", "shifted", "merged", "y"]
+        (found,) = delivered(fixed, names, Batch(feeds, 3))
+
+        shapes = {name: value.shape for name, value in found.items()}
+        assert shapes == {
+            "x": (3, 6, 5), "gain": (), "offset": (6, 5), "gained": (3, 6, 5), "shifted": (3, 6, 5), "merged": (18, 5),
+            "y": (18, 2),
+        }  # fmt: skip
+        assert max(np.abs(value).max() for value in found.values()) < 1e3
+        np.testing.assert_allclose(found["merged"], (feeds["x"][:3] * 2 + 1).reshape(18, 5))
+
+    def test_a_full_batch_is_left_whole(self, fixed: PreparedModel) -> None:
+        """Nothing is cut where nothing was padded."""
+        (found,) = delivered(fixed, ["x", "turned"], Batch(self.feeds(), 4))
+
+        assert [value.shape for value in found.values()] == [(4, 6, 5), (2, 24)]
+
+    def test_padding_that_cannot_be_told_apart_is_an_error(self, fixed: PreparedModel) -> None:
+        """A tensor that starts with another axis is named, with its shape and the batch."""
+        with pytest.raises(CalibrationError, match=r"padding .* 'turned': its shape \(2, 24\) .* batch of 4"):
+            delivered(fixed, ["turned"], Batch(self.feeds(), 3))
+
+
+class TestBadBatches:
+    """The batch is named."""
+
+    @pytest.mark.parametrize(
+        ("feeds", "expected"),
+        [
+            ({"image": IMAGES}, r"batch 1 has no input 'image'. Its inputs are x: float32 \(N, 3, 8, 8\)"),
+            ({}, r"batch 1 needs the input 'x', which was not given"),
+            ({"x": IMAGES[:, :2]}, r"batch 1: input 'x' has shape \(4, 2, 8, 8\); expected x: float32 \(N, 3, 8, 8\)"),
+            ({"x": IMAGES.astype(float)}, r"batch 1: input 'x' has dtype float64; expected x: float32"),
+        ],
+    )
+    def test_a_batch_that_does_not_fit(self, feeds: Any, expected: str, residual: PreparedModel) -> None:
+        """What was found and what the model takes stand in one line."""
+        with pytest.raises(InferenceError, match=expected):
+            delivered(residual, ["trunk"], Batch({"x": IMAGES}, 4), Batch(feeds, 4))
+
+    def test_a_batch_on_which_the_runtime_fails(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Shapes that only meet inside the graph: ONNX Runtime's words, with the model and the batch."""
+        graph = graph_builder()
+        both = graph.node("Add", [graph.input("a", ("N", 4)), graph.input("b", ("M", 4))])
+        graph.node("MatMul", [both, graph.normal((4, 2))], "y")
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+        feeds = {"a": np.ones((2, 4), np.float32), "b": np.ones((3, 4), np.float32)}
+
+        with pytest.raises(InferenceError, match=r"Calibration of m\.onnx failed in batch 0: .*Add"):
+            delivered(prepared, ["y"], Batch(feeds, 2))
+
+
+def test_constants_are_no_activations(tiny_model: Path) -> None:
+    """Weights have scales of their own and are never counted."""
+    weights = {tensor.name for tensor in onnx.load(tiny_model).graph.initializer}
+
+    assert not weights & set(tensors_to_calibrate(prepare(tiny_model), "all"))
