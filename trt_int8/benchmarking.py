@@ -184,7 +184,7 @@ def time_side_by_side(
                 turns[index].append(_timed(opened[index], used, iterations[index], clock))
 
     times = [np.stack(turn) for turn in turns]
-    warnings = [_spread_warning(runner.name, ns) for runner, ns in zip(runners, times, strict=True)]
+    warnings = [_spread_warning([runner.name for runner in runners], times)]
     if len(used) < len(feeds):
         warnings.append(
             f"{len(feeds) - len(used)} of {len(feeds)} batches do not have {batch_size} samples and were left out"
@@ -228,15 +228,18 @@ def _note(runner: Runner) -> str:
     return ""
 
 
-def _spread_warning(name: str, times_ns: NDArray[np.int64]) -> str:
-    """Warn where the median time wanders from round to round; single late calls are the percentiles' business."""
-    medians = np.median(times_ns, axis=1)
-    spread = 100 * float(medians.std() / medians.mean())
-    if spread <= STEADY_CV_PERCENT:
+def _spread_warning(names: Sequence[str], times_ns: Sequence[NDArray[np.int64]]) -> str:
+    """Warn where median times wander from round to round; single late calls are the percentiles' business."""
+    medians = [np.median(times, axis=1) for times in times_ns]
+    spreads = [100 * float(values.std() / values.mean()) for values in medians]
+    unsteady = [
+        f"{name} by {spread:.1f} %" for name, spread in zip(names, spreads, strict=True) if spread > STEADY_CV_PERCENT
+    ]
+    if not unsteady:
         return ""
     return (
-        f"{name}: its median time varied by {spread:.1f} % from round to round (coefficient of variation; steady "
-        f"clocks stay within {STEADY_CV_PERCENT} %): other work or changing clocks on this machine. "
+        f"median times varied from round to round: {', '.join(unsteady)} (coefficient of variation; steady clocks stay "
+        f"within {STEADY_CV_PERCENT} %): other work or changing clocks on this machine. "
         "Trust the ratios and their intervals, not the milliseconds"
     )
 

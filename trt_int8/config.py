@@ -112,7 +112,8 @@ class DataConfig(Section):
         default=None, description="data to judge accuracy on; null takes the calibration data, which flatters"
     )
     held_back: str | None = Field(
-        default=None, description="data that method auto chooses by; null takes the calibration data, never the evaluation's"
+        default=None,
+        description="data that method auto chooses by; null takes the calibration data, never the evaluation's",
     )
     labels: str | None = Field(
         default=None, description="name of the array with the labels; null compares with the FP32 outputs only"

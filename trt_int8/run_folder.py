@@ -59,8 +59,8 @@ class RunFolder:
         strangers = [name for name in (MANIFEST, *files) if before is None and (path / name).exists()]
         if strangers:
             raise ConfigError(
-                f"Cannot write a run to {str(path)!r}: {strangers[0]!r} is there already and no {MANIFEST} says that a run "
-                "wrote it. Name another folder with --output."
+                f"Cannot write a run to {str(path)!r}: {strangers[0]!r} is there already and no {MANIFEST} says "
+                "that a run wrote it. Name another folder with --output."
             )
         self._before: dict[str, Any] = (before or {}).get("stages", {})
         self._manifest: dict[str, Any] = {

@@ -35,8 +35,8 @@ def summarize_run(folder: Path) -> tuple[Table, list[str]]:
     lines = [row["verdict"] for row in speed["candidates"][1:]] + list(speed["warnings"])
     if any(row["simulated"] for row in accuracy["candidates"]):
         lines.append(
-            "Accuracy of the tensorrt models is that of their Q/DQ nodes run as exact fake quantization by ONNX Runtime; "
-            "no GPU was measured."
+            "Accuracy of the tensorrt models is that of their Q/DQ nodes run as exact fake quantization by ONNX "
+            "Runtime; no GPU was measured."
         )
     title = f"{folder.name}: {reference['samples']} samples"
     return make_table(title, columns, rows), lines

@@ -99,7 +99,12 @@ def test_wheel(tmp_path: Path):
     assert {"trt_int8/templates/report.html.j2", "trt_int8/py.typed", "calibrators/py.typed"} <= set(names)
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    code = f"import sys; sys.path.insert(0, {str(unpacked)!r}); import trt_int8.cli as c; print(c.__file__); c.main(['-h'])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(unpacked)!r})\n"
+        "import trt_int8.cli as cli\n"
+        "print(cli.__file__)\n"
+        "cli.main(['-h'])"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(unpacked))
     assert "calibrate" in done.stdout

@@ -132,6 +132,7 @@ def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "calibration_data.npz",
+        "choosing_data.npz",
         "digits.safetensors",
         "evaluation_data.npz",
     ]

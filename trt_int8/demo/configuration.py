@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from calibrators.protocols import Track, untracked
-from trt_int8.config import AccuracyConfig, DataConfig, InputConfig, ModelConfig, RunConfig
+from trt_int8.config import AccuracyConfig, DataConfig, InputConfig, ModelConfig, QuantizeConfig, RunConfig
 from trt_int8.demo.digits import prepare_demo
 
 ACCURACY_BATCH = 32
@@ -32,8 +32,10 @@ def demo_config(folder: Path, *, track: Track = untracked) -> RunConfig:
         data=DataConfig(
             calibration=str(files.calibration_data),
             evaluation=str(files.evaluation_data),
+            held_back=str(files.choosing_data),
             labels="label",
         ),
+        quantize=QuantizeConfig(method="auto"),
         accuracy=AccuracyConfig(batch_size=ACCURACY_BATCH),
         output=folder,
     )

@@ -87,6 +87,7 @@ class DemoFiles:
     Attributes:
         checkpoint: weights for `trt_int8.demo.model:digits_resnet`, as safetensors.
         calibration_data: 1000 training scans: `image` float32 [1000, 1, 32, 32], `label` int64 [1000].
+        choosing_data: the other 257 training scans, in the same form, for `auto` to choose by.
         evaluation_data: the held-back scans, in the same form.
         accuracy: share of the held-back scans that the FP32 network names rightly, 0 to 1.
         training: how it was trained; None where the checkpoint was there already.
@@ -94,6 +95,7 @@ class DemoFiles:
 
     checkpoint: Path
     calibration_data: Path
+    choosing_data: Path
     evaluation_data: Path
     accuracy: float
     training: TrainResult | None
@@ -201,9 +203,11 @@ def prepare_demo(folder: Path, *, recipe: Recipe | None = None, track: Track = u
             save_file(model.state_dict(), temporary, metadata={"recipe": made_by})
     calibration = folder / "calibration_data.npz"
     _write(calibration, split.train_images[:CALIBRATION_SCANS], split.train_labels[:CALIBRATION_SCANS])
+    choosing = folder / "choosing_data.npz"
+    _write(choosing, split.train_images[CALIBRATION_SCANS:], split.train_labels[CALIBRATION_SCANS:])
     evaluation = folder / "evaluation_data.npz"
     _write(evaluation, split.test_images, split.test_labels)
-    return DemoFiles(checkpoint, calibration, evaluation, accuracy, training)
+    return DemoFiles(checkpoint, calibration, choosing, evaluation, accuracy, training)
 
 
 def _shifted(images: torch.Tensor, max_shift: float, generator: torch.Generator) -> torch.Tensor:
