@@ -93,7 +93,7 @@ def residual_input(node: ir.Node, quantized: set[str | None]) -> int | None:
     if node.op_type != "Add" or node.domain != "" or len(node.inputs) != 2:
         return None
     left, right = node.inputs
-    if left is None or right is None or left is right or not (is_activation(left) and is_activation(right)):
+    if left is None or right is None or not (is_activation(left) and is_activation(right)):
         return None
     if not _may_be_alike(left.shape, right.shape):
         return None

@@ -363,16 +363,21 @@ def _run(config: Any, output: Path | None, *, resume: bool) -> None:
     from trt_int8.progress import track
     from trt_int8.summary import summarize_run
 
-    # A run reads the same files several times; what it does not feed need not be said each time.
-    logging.getLogger("trt_int8.data").setLevel(logging.WARNING)
     pipeline = Pipeline(config, output=output, resume=resume, track=track, announce=_note)
+    data_log = logging.getLogger("trt_int8.data")
+    level = data_log.level
+    data_log.setLevel(logging.WARNING)  # a run opens the same data several times; once would do to say what is not fed
     try:
         result = pipeline.run()
     except KeyboardInterrupt:
         _note(f"interrupted: the stages that are done lie in {pipeline.folder}; the same command with --resume goes on")
         raise typer.Exit(INTERRUPTED) from None
-    table, lines = summarize_run(result.folder)
-    console().print(table)
+    finally:
+        data_log.setLevel(level)
+    tables, lines = summarize_run(result.folder)
+    out = console()
+    for table in tables:
+        out.print(table)
     for line in lines:
         typer.echo(line)
     typer.echo(f"results: {result.folder} (benchmark.json, accuracy.json, model.int8.onnx, ...)")

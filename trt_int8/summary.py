@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_int8.console import ABSENT, make_table, number, size
+from trt_int8.console import ABSENT, make_table, number, size, size_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def summarize_run(folder: Path) -> tuple[Table, list[str]]:
-    """Return the table of a finished run, and lines that say what it shows."""
+def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
+    """Return the tables of a finished run, and lines that say what they show.
+
+    The second table has the weights by data type, of the models at the top of the folder: those of the other methods are
+    stored alike.
+    """
     accuracy, speed, sizes = (_read(folder / name) for name in ("accuracy.json", "benchmark.json", "sizes.json"))
     reference = accuracy["reference_scores"]
     scores = {row["name"]: row for row in [reference, *accuracy["candidates"]]}
@@ -39,7 +43,8 @@ def summarize_run(folder: Path) -> tuple[Table, list[str]]:
             "Runtime; no GPU was measured."
         )
     title = f"{folder.name}: {reference['samples']} samples"
-    return make_table(title, columns, rows), lines
+    delivered = [item for item in sizes["models"] if "/" not in item["file"]]
+    return [make_table(title, columns, rows), size_table(delivered)], lines
 
 
 def _speed(row: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -71,22 +71,18 @@ def test_no_scan_is_on_both_sides(split: DigitsSplit) -> None:
 
 
 def test_scans_are_enlarged_bilinearly(split: DigitsSplit) -> None:
-    """Every scan is a scikit-learn scan, whose pixels are the means of the four middle pixels of their 4x4 cells."""
+    """Every image is one of scikit-learn's scans, each axis interpolated between the pixels' centres."""
     from sklearn.datasets import load_digits
 
-    cells = split.test_images.reshape(-1, 8, 4, 8, 4)
-    scans = {scan.tobytes() for scan in load_digits().images.astype(np.float32) / 8 - 1}
-    middles = cells[:, :, 1:3, :, 1:3].mean(axis=(2, 4))
-    inner = middles[:, 1:-1, 1:-1]
-    originals = np.stack([np.frombuffer(scan, dtype=np.float32).reshape(8, 8) for scan in scans])[:, 1:-1, 1:-1]
-    distance = np.abs(inner[:20, None] - originals[None]).max(axis=(2, 3)).min(axis=1)
-    assert split.test_images.min() == -1
-    assert split.test_images.max() == 1
-    assert distance.max() < 0.35
+    centres = (np.arange(32) + 0.5) / 4 - 0.5
+    weights = np.stack([np.interp(centres, np.arange(8), row) for row in np.eye(8)], axis=1)
+    enlarged = (weights @ load_digits().images @ weights.T / 8 - 1).reshape(-1, 1024)
+    for image in split.test_images[:10]:
+        assert np.abs(enlarged - image.reshape(1024)).max(axis=1).min() < 1e-6
 
 
-def test_training_learns_repeats_itself_and_leaves_the_global_state_alone(split: DigitsSplit) -> None:
-    """One epoch of a tiny net is far above chance; the same seed gives the same weights; steps are tracked."""
+def test_training_learns_and_leaves_the_global_state_alone(split: DigitsSplit) -> None:
+    """A few steps of a tiny net are far above chance; every step is tracked; random state and threads stay."""
     seen: list[tuple[str, int | None, int]] = []
 
     def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
@@ -94,21 +90,16 @@ def test_training_learns_repeats_itself_and_leaves_the_global_state_alone(split:
         seen.append((description, total, len(listed)))
         return listed
 
-    def trained() -> tuple[TrainResult, dict[str, torch.Tensor]]:
-        torch.manual_seed(1)
-        model = digits_resnet(QUICK.width)
-        random_state, threads = torch.get_rng_state(), torch.get_num_threads()
-        result = train(model, split, replace(QUICK, epochs=3), track=track)
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert torch.get_num_threads() == threads
-        assert not model.training
-        return result, model.state_dict()
-
-    (first, weights), (second, again) = trained(), trained()
-    assert first.accuracy == second.accuracy > 0.3
-    assert (first.epochs, first.seconds > 0) == (3, True)
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert seen == [("train the network", 27, 27)] * 2
+    torch.manual_seed(1)
+    model = digits_resnet(QUICK.width)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    result = train(model, split, replace(QUICK, epochs=3, batch_size=128), track=track)
+    assert result.accuracy > 0.5
+    assert (result.epochs, result.seconds > 0) == (3, True)
+    assert seen == [("train the network", 27, 27)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert not any(part.training for part in model.modules())
 
 
 def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:

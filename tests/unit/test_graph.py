@@ -109,6 +109,17 @@ class TestHashes:
         assert prepared[0].graph_hash != prepared[1].graph_hash
         assert prepared[0].weights_hash == prepared[1].weights_hash
 
+    def test_the_shape_of_a_weight_is_part_of_its_hash(self, graph_builder: Any, tmp_path: Path) -> None:
+        """The same 16 numbers as a 4 x 4 and as a 2 x 8 matrix are other weights."""
+        hashes = set()
+        for rows in (4, 2):
+            graph = graph_builder(1)
+            weight = graph.constant(np.arange(16, dtype=np.float32).reshape(rows, -1), "w")
+            graph.node("MatMul", [graph.input("x", ("N", rows)), weight], "y")
+            hashes.add(prepare(graph.save(tmp_path / f"{rows}.onnx", ["y"])).weights_hash)
+
+        assert len(hashes) == 2
+
     def test_external_data_hashes_like_the_same_weights_in_the_file(self, tiny_model: Path, tmp_path: Path) -> None:
         """How a file stores its weights is no part of them."""
         first, second = prepare(tiny_model), prepare(external(onnx.load(tiny_model), tmp_path / "external.onnx"))

@@ -163,6 +163,18 @@ def test_indices_of_max_pool_are_not_its_values(graph_builder: Any, run_model: C
     assert run_model(model, {"x": EXTREMES})["y"].max() <= bounds["y"] == math.inf
 
 
+def test_where_takes_either_side(graph_builder: Any, run_model: Callable[..., Any]) -> None:
+    """The condition has no magnitude; both sides do."""
+    graph = graph_builder()
+    condition = graph.input("c", (2,), TensorProto.BOOL)
+    graph.node("Where", [condition, graph.input("x", (2,)), graph.constant(np.float32([9, -7]))], "y")
+    model = typed(graph.model(["y"]))
+    feeds = {"c": np.array([True, False]), "x": np.float32([2, 2])}
+
+    assert magnitude_bounds(ir.from_proto(model), {"x": 2.0})["y"] == 9.0
+    assert np.abs(run_model(model, feeds)["y"]).max() == 7.0
+
+
 def test_split_bounds_every_output(graph_builder: Any) -> None:
     """All pieces come from the first input."""
     graph = graph_builder()

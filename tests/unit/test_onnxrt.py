@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -214,9 +215,12 @@ class TestExecution:
         assert OnnxRuntimeRunner(quantized["cpu"], execution="exact").execution == "exact"
 
     def test_exact_runs_the_graph_as_written(self, quantized: dict[str, Path], run_model: Any) -> None:
-        """Bit by bit the outputs of a session without any optimization."""
+        """Bit by bit the outputs of a session without any optimization, which it is."""
         with OnnxRuntimeRunner(quantized["tensorrt"]) as runner:
             found = runner.infer({"input": IMAGES})["logits"]
+            options = runner.make_session().get_session_options()
+
+        assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
         np.testing.assert_array_equal(found, run_model(quantized["tensorrt"], {"input": IMAGES})["logits"])
 

@@ -187,11 +187,19 @@ def arithmetic(g: Any, x: str) -> list[str]:
     return [g.conv(g.node("Mul", [c, c]), (8, 4))]
 
 
+def shared_weights(g: Any, x: str) -> list[str]:
+    weight = g.normal((4, 4, 3, 3), 0.2)
+    for _ in range(2):
+        x = g.node("Relu", [g.node("Conv", [x, weight, g.normal((4,))], pads=[1] * 4)])
+    return [g.node("Conv", [x, weight], pads=[1] * 4)]
+
+
 NETS = [
     plain, identity_residual, projection_residual, pre_activation_residual, padded_shortcut, inverted_residual,
     low_ceiling, hard_tanh, floor_only, depthwise, concatenated_branches, concatenated_with_float, max_pooled,
     classifier, averaged_classifier, several_readers, relu_output, silu, other_activations, squeeze_and_excite,
     transposed_product, reshaped_output, channel_shuffle, feature_pyramid, reflected_pads, decoder, arithmetic,
+    shared_weights,
 ]  # fmt: skip
 
 
@@ -348,6 +356,14 @@ class TestRegion:
         outputs = {node.name: node.output[0] for node in prepared.proto.graph.node}
         assert outputs[names[-1]] not in placement.tensors
         assert placement.tensors == ["x", "relu_1", "relu_3"]
+
+    def test_an_addition_of_a_constant_computes_in_float(self, graph_builder: Any, tmp_path: Path) -> None:
+        """ONNX Runtime adds integers only where both sides are quantized, so a pair behind it would serve nobody."""
+        graph = graph_builder()
+        graph.node("Add", [graph.conv(graph.input(), (3, 4), "a"), graph.normal((4, 1, 1))], "y")
+        placement = place_for_cpu(prepare(graph.save(tmp_path / "m.onnx", ["y"])).ir())
+
+        assert placement.tensors == ["x", "a"]
 
     def test_a_graph_without_weighted_operators_is_left_alone(self, graph_builder: Any, tmp_path: Path) -> None:
         """Integers pay in products; an Add by itself stays float."""

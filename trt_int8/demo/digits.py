@@ -55,8 +55,8 @@ class Recipe:
     """
 
     width: int = 32
-    epochs: int = 5
-    batch_size: int = 32
+    epochs: int = 6
+    batch_size: int = 64
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
