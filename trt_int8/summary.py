@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
     """Return the tables of a finished run, and lines that say what they show.
 
-    The second table has the weights by data type, of the models at the top of the folder: those of the other methods are
-    stored alike.
+    The second table has the weights by data type, of the models at the top of the folder: those of the other methods
+    are stored alike.
     """
     accuracy, speed, sizes = (_read(folder / name) for name in ("accuracy.json", "benchmark.json", "sizes.json"))
     reference = accuracy["reference_scores"]

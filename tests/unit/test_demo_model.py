@@ -13,7 +13,7 @@ import torch  # noqa: TID253
 from safetensors.torch import load_file
 
 from calibrators.errors import FileAccessError
-from trt_int8.demo.digits import DigitsSplit, Recipe, TrainResult, load_digits_split, prepare_demo, train
+from trt_int8.demo.digits import DigitsSplit, Recipe, load_digits_split, prepare_demo, train
 from trt_int8.demo.model import BasicBlock, digits_resnet
 
 Item = TypeVar("Item")
