@@ -129,8 +129,9 @@ def _reaches_quantized(value: ir.Value, chosen: set[str | None]) -> bool:
 def _point(value: ir.Value, rule: str, reason: str) -> ActivationPoint:
     nonnegative = never_negative(value)
     producer = root(value).producer()
-    clipped = nonnegative and producer is not None and producer.op_type == "Clip"
-    ceiling = clip_bounds(producer)[1] if clipped and producer is not None else None
+    ceiling = clip_bounds(producer)[1] if producer is not None and producer.op_type == "Clip" else None
+    if not nonnegative or (ceiling is not None and ceiling <= 0):
+        ceiling = None  # nothing above zero is left that a code could stand for
     return ActivationPoint(
         tensor=name_of(value),
         scale_of=scale_tensor(value),

@@ -316,6 +316,18 @@ class TestCodes:
 
         assert point_scale(point, {point.scale_of: 7 / 127}) == np.float32(6 / 255)
 
+    @pytest.mark.parametrize(("low", "high", "ceiling"), [(0, 6, 6.0), (1, 6, 6.0), (0, 0, None), (-1, 6, None)])
+    def test_only_clips_between_zero_and_something_positive_count(
+        self, low: float, high: float, ceiling: float | None, graph_builder: Any, tmp_path: Path
+    ) -> None:
+        """A Clip to nothing must not make a scale of zero, and one below zero needs both signs."""
+        graph = graph_builder()
+        graph.conv(graph.clip(graph.conv(graph.input(), (3, 4)), low, high), (4, 2), "y")
+        point = next(p for name, p in points(prepare(graph.save(tmp_path / "m.onnx", ["y"]))).items() if "clip" in name)
+
+        assert (point.ceiling, point.divisor) == (ceiling, 255 if ceiling else 127)
+        assert point_scale(point, {point.scale_of: 0.5}) > 0
+
     @pytest.mark.parametrize("factor", [0.5, 1.0, 1.001, 1.2])
     def test_clips_are_dropped_at_every_threshold(
         self, factor: float, drawn: Any, minmax: Any, tmp_path: Path, run_model: Callable[..., Any]
@@ -360,7 +372,7 @@ class TestRegion:
     def test_an_addition_of_a_constant_computes_in_float(self, graph_builder: Any, tmp_path: Path) -> None:
         """ONNX Runtime adds integers only where both sides are quantized, so a pair behind it would serve nobody."""
         graph = graph_builder()
-        graph.node("Add", [graph.conv(graph.input(), (3, 4), "a"), graph.normal((4, 1, 1))], "y")
+        graph.node("Add", [graph.conv(graph.input(), (3, 4), "a"), graph.normal((8, 8))], "y")
         placement = place_for_cpu(prepare(graph.save(tmp_path / "m.onnx", ["y"])).ir())
 
         assert placement.tensors == ["x", "a"]

@@ -407,6 +407,8 @@ class TestIntegerBiases:
         onnx.checker.check_model(model, full_check=True)
         feeds = {"x": graph.rng.normal(size=(1, 3, 8, 8)).astype(np.float32)}
 
+        biases = [named(model, name).input[2] for name in ("n_a", "n_b")]
+        assert [producers(model)[name].op_type for name in biases] == ["DequantizeLinear"] * 2
         expected = run_model(prepared.proto, feeds)
         for name, value in run_model(model, feeds).items():
             np.testing.assert_allclose(value, expected[name], atol=0.25)
