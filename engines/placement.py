@@ -74,13 +74,15 @@ class WeightPoint:
         node: the weighted node.
         index: which of its inputs the weight is.
         axis: the output-channel axis of the per-channel scales, or None for one scale.
-        bias_scale_of: on the CPU target, the activation whose scale, times the weight's, is the bias's; else None.
+        data_scale_of: the tensor whose scale the node's data input takes.
+        integer_bias: on the CPU target, store the bias as INT32 with scale s_x * s_w.
     """
 
     node: str
     index: int
     axis: int | None
-    bias_scale_of: str | None = None
+    data_scale_of: str
+    integer_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,8 +151,7 @@ def _weight(node: ir.Node) -> WeightPoint:
     if source is None:
         raise AssertionError(f"{node.name} has no data input")
     # The integer convolution and Gemm add an INT32 bias of scale s_x * s_w; a float one would keep them float.
-    bias = scale_tensor(source) if _has_channel_bias(node) else None
-    return WeightPoint(node.name or "", weight, weight_axis(node), bias)
+    return WeightPoint(node.name or "", weight, weight_axis(node), scale_tensor(source), _has_channel_bias(node))
 
 
 def _has_channel_bias(node: ir.Node) -> bool:

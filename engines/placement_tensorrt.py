@@ -66,7 +66,7 @@ def place_for_tensorrt(model: ir.Model, *, residual: Residual = "int8", exclude:
         if edge_node is not node:
             rule, reason = "before-pad", f"before the Pad that fuses with {node.op_type} {node.name!r}"
         _add(pairs, value, edge_node, index, rule, reason)
-        weights.append(WeightPoint(node.name or "", weight, weight_axis(node)))
+        weights.append(WeightPoint(node.name or "", weight, weight_axis(node), scale_tensor(value)))
     if residual == "int8":
         for node in model.graph:
             skip = residual_input(node, quantized)

@@ -18,8 +18,11 @@ from engines.placement import ActivationPoint, Placement, WeightPoint
 
 INT32_LIMIT = 2**31 - 1
 FULL_WEIGHT_RANGE = 127
-REDUCED_WEIGHT_RANGE = 63
-"""Largest weight code where pairs of unsigned x signed products are added in 16 bits (x86 without VNNI and AMX)."""
+PAIR_LIMIT = 127 * 127
+"""Largest product of an activation's code and a weight's where two of them are added in 16 bits, which saturate.
+
+x86 without VNNI and AMX adds such pairs (vpmaddubsw): 2 * 127 * 127 < 2^15 <= 2 * 128 * 128.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,13 @@ class QuantizedModel:
         model: the graph; `engines.graph.save_model` writes it.
         placement: what was done where, and why.
         scales: scale of every Q/DQ pair, by the tensor that it quantizes.
-        weight_range: largest weight code: 127, or 63 for processors whose products saturate.
+        weight_ranges: largest weight code of every quantized node: 127, or less where pairs of products would saturate.
     """
 
     model: ir.Model
     placement: Placement
     scales: Mapping[str, float]
-    weight_range: int
+    weight_ranges: Mapping[str, int]
 
 
 def insert_qdq(
@@ -45,6 +48,7 @@ def insert_qdq(
     scales: Mapping[str, float],
     *,
     reduce_range: bool = False,
+    largest: Mapping[str, float] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> QuantizedModel:
     """Write a placement into a copy of the graph.
@@ -57,7 +61,11 @@ def insert_qdq(
         prepared: the graph that the placement was made for.
         placement: which tensors.
         scales: scale (amax / 127) by tensor name; every name in `placement.tensors` is needed.
-        reduce_range: write weights with codes in [-63, 63].
+        reduce_range: keep pairs of products within 16 bits: weights get codes of 7 bits, [-63, 63], where activations
+            use all 256 codes (zero point 128), and more where they use fewer.
+        largest: largest magnitude that calibration saw, by tensor name. Never-negative activations whose threshold is
+            their maximum use half of the codes, which leaves their weights all of theirs; without it all weights get
+            7 bits where `reduce_range` asks.
         metadata: further entries for the model's metadata.
 
     Raises:
@@ -66,12 +74,14 @@ def insert_qdq(
     _check_scales(placement, scales)
     model = prepared.ir()
     nodes = {node.name: node for node in model.graph}
-    weight_range = REDUCED_WEIGHT_RANGE if reduce_range else FULL_WEIGHT_RANGE
-    writer = _Writer(model.graph, weight_range)
+    writer = _Writer(model.graph)
+    points = {point.scale_of: point for point in reversed(placement.activations)}
+    weight_ranges: dict[str, int] = {}
     for weight in placement.weights:
-        node = nodes[weight.node]
-        activation_scale = None if weight.bias_scale_of is None else _bias_scale(placement, weight, scales)
-        writer.weight(node, weight, activation_scale)
+        point = points[weight.data_scale_of]
+        limit = _weight_range(point, scales, largest) if reduce_range else FULL_WEIGHT_RANGE
+        weight_ranges[weight.node] = limit
+        writer.weight(nodes[weight.node], weight, limit, point_scale(point, scales))
     values = {name_of(value): value for value in _values(model.graph)}
     pair_scales: dict[str, float] = {}
     for point in placement.activations:
@@ -80,7 +90,7 @@ def insert_qdq(
         writer.activation(values[point.tensor], point, scale, nodes)
     RemoveUnusedNodesPass()(model)
     model.metadata_props.update({TARGET_KEY: placement.target, PRECISION_KEY: "int8", **(metadata or {})})
-    return QuantizedModel(model, placement, pair_scales, weight_range)
+    return QuantizedModel(model, placement, pair_scales, weight_ranges)
 
 
 def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
@@ -94,10 +104,9 @@ def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
 class _Writer:
     """Writes into one graph, shares what several nodes read, and gives everything a name of its own."""
 
-    def __init__(self, graph: ir.Graph, weight_range: int) -> None:
+    def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._weight_range = weight_range
-        self._weights: dict[tuple[str, int | None, str | None], ir.Value] = {}
+        self._weights: dict[tuple[str, int | None, int, str | None], ir.Value] = {}
         nodes = list(ir.traversal.RecursiveGraphIterator(graph))
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
         self._names = {value.name for value in values} | {node.name for node in nodes}
@@ -136,30 +145,30 @@ class _Writer:
             outputs = self._graph.outputs
             outputs[:] = [real if output is value else output for output in outputs]
 
-    def weight(self, node: ir.Node, point: WeightPoint, activation_scale: float | None) -> None:
-        """Store a weight (and, where `activation_scale` is given, the bias) as integers."""
+    def weight(self, node: ir.Node, point: WeightPoint, limit: int, activation_scale: float) -> None:
+        """Store a weight, and the bias where the placement says so, as integers; `limit` is the largest weight code."""
         value = node.inputs[point.index]
         constant = constant_array(value)
         if value is None or constant is None:
             raise AssertionError(f"the weight of {node.name} is no constant")
-        bias = constant_array(node.inputs[2]) if activation_scale is not None else None
+        bias = constant_array(node.inputs[2]) if point.integer_bias else None
         # The bias of a node bounds the scales of its weight, so such a weight is shared with no other node.
-        key = (name_of(value), point.axis, None if bias is None else node.name)
+        key = (name_of(value), point.axis, limit, None if bias is None else node.name)
         if key in self._weights:
             node.replace_input_with(point.index, self._weights[key])
             return
         array = constant.numpy()
         minimum_scale: Array | None = None
         bias_array: Array | None = None
-        if bias is not None and activation_scale is not None and point.axis is not None:
+        if bias is not None and point.axis is not None:
             bias_array = np.broadcast_to(bias.numpy().astype(np.float64).reshape(-1), (array.shape[point.axis],))
             # A bias code must fit INT32: bias / (s_x * s_w) <= 2^31 - 1 bounds the weight's scale from below.
             minimum_scale = np.abs(bias_array) / (activation_scale * INT32_LIMIT)
-        codes, scale = quantize_weights(array, point.axis, limit=self._weight_range, minimum_scale=minimum_scale)
+        codes, scale = quantize_weights(array, point.axis, limit=limit, minimum_scale=minimum_scale)
         real = self._dequantized(node, name_of(value), codes, scale, point.axis)
         self._weights[key] = real
         node.replace_input_with(point.index, real)
-        if bias_array is not None and activation_scale is not None:
+        if bias_array is not None:
             bias_scale = np.float64(activation_scale) * scale.astype(np.float64)
             bias_codes = np.clip(np.rint(bias_array / bias_scale), -INT32_LIMIT, INT32_LIMIT).astype(np.int32)
             stem = f"{node.name}_bias"
@@ -202,12 +211,12 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs if output.name)]
 
 
-def _bias_scale(placement: Placement, weight: WeightPoint, scales: Mapping[str, float]) -> float:
-    """Return the scale of the pair that the node's data input reads: divisor and all."""
-    for point in placement.activations:
-        if point.scale_of == weight.bias_scale_of:
-            return point_scale(point, scales)
-    raise AssertionError(f"no pair takes its scale from {weight.bias_scale_of}")
+def _weight_range(point: ActivationPoint, scales: Mapping[str, float], largest: Mapping[str, float] | None) -> int:
+    """Return the largest weight code whose products with the codes of an activation cannot saturate in pairs."""
+    code = 255
+    if point.unsigned and point.zero_point == 0 and largest is not None and point.scale_of in largest:
+        code = min(code, round(largest[point.scale_of] / point_scale(point, scales)))
+    return min(FULL_WEIGHT_RANGE, PAIR_LIMIT // max(code, 1))
 
 
 def _check_scales(placement: Placement, scales: Mapping[str, float]) -> None:

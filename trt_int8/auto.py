@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from calibrators.calibration import Calibration
 from calibrators.protocols import Array, Track, untracked
-from engines.graph import PreparedModel, name_of
-from engines.onnxrt import make_session, tensor_specs
+from engines.graph import PreparedModel, name_of, open_session
+from engines.onnxrt import tensor_specs
 from engines.placement import Placement
 from engines.qdq import insert_qdq
 from trt_int8.data import DataBatch
@@ -144,7 +144,7 @@ class _Trial:
         batches: Iterable[DataBatch],
     ) -> None:
         self._placement = placement
-        reference = make_session(prepared.proto.SerializeToString(), execution="native")
+        reference = open_session(prepared.proto, execution="native")
         self._outputs = [output.name for output in reference.get_outputs() if "float" in output.type]
         if not self._outputs:
             raise DataError(f"Cannot choose scales: {prepared.path.name!r} has no float output to judge them by.")
@@ -162,7 +162,7 @@ class _Trial:
             raise DataError("Cannot choose scales: the held-back data holds no sample. Give other data with --data.")
         model = insert_qdq(prepared, placement, scales).model
         self._scale_inputs = _expose_scales(model, placement)
-        self._session = make_session(ir.to_proto(model).SerializeToString(), execution="exact")
+        self._session = open_session(ir.to_proto(model), execution="exact")
 
     def harm(self, scales: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the relative squared error of the outputs, one value per sample."""

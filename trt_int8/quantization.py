@@ -13,12 +13,12 @@ import onnx_ir as ir
 from calibrators.calibration import Calibration
 from calibrators.protocols import Track, untracked
 from engines.fp16 import HeldNode, convert_to_fp16
-from engines.graph import PreparedModel, prepare, save_model
-from engines.onnxrt import make_session, tensor_specs
+from engines.graph import PreparedModel, open_session, prepare, save_model
+from engines.onnxrt import tensor_specs
 from engines.placement import Decision, Placement, Residual, Target
 from engines.placement_cpu import place_for_cpu
 from engines.placement_tensorrt import place_for_tensorrt
-from engines.qdq import QuantizedModel, insert_qdq
+from engines.qdq import FULL_WEIGHT_RANGE, QuantizedModel, insert_qdq
 from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
 from trt_int8.config import Method
@@ -122,7 +122,7 @@ def quantize(
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
         data: held-back data for "auto".
         preprocessing: of `data`, for image folders.
-        reduce_range: 7-bit weights on the CPU target; None decides by this processor.
+        reduce_range: 7-bit weights on the CPU target where products could saturate; None decides by this processor.
         force: use a calibration of another graph where the tensor names fit.
         auto: a choice made before, for the other target; saves measuring again.
         track: shows progress.
@@ -148,10 +148,16 @@ def quantize(
     else:
         placement = place_for_tensorrt(graph, residual=residual, exclude=exclude)
         reduced = bool(reduce_range)
-    quantized = insert_qdq(prepared, placement, scales, reduce_range=reduced, metadata={"trt_int8.method": method})
+    quantized = insert_qdq(
+        prepared,
+        placement,
+        scales,
+        reduce_range=reduced,
+        largest=calibration.amax("minmax"),
+        metadata={"trt_int8.method": method},
+    )
     proto = ir.to_proto(quantized.model)
-    if target == "tensorrt" or proto.ByteSize() < 2**30:
-        make_session(proto.SerializeToString(), execution="exact")
+    open_session(proto, execution="exact")  # what ONNX Runtime refuses is not written
     save_model(proto, output)
     notes = _notes(quantized, calibration, method, auto)
     return QuantizeResult(
@@ -203,9 +209,13 @@ def _notes(
     quantized: QuantizedModel, calibration: Calibration, method: str, auto: AutoChoice | None
 ) -> tuple[str, ...]:
     notes: list[str] = []
-    if quantized.weight_range < 127 and quantized.placement.target == "cpu":
+    ranges = quantized.weight_ranges
+    reduced = [node for node, limit in ranges.items() if limit < FULL_WEIGHT_RANGE]
+    if reduced:
         notes.append(
-            "Weights use 7 bits: this processor has neither VNNI nor AMX, and its 8-bit products saturate in pairs."
+            "This processor has neither VNNI nor AMX: its 8-bit products saturate in pairs, so the weights of "
+            f"{len(reduced)} of {len(ranges)} nodes use 7 bits or little more (codes up to {min(ranges.values())} to "
+            f"{max(ranges[node] for node in reduced)} instead of {FULL_WEIGHT_RANGE})."
         )
     if method == "auto" and auto is None:
         notes.append("auto had no held-back data to judge by and took mse; give it some with --data.")

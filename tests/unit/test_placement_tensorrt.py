@@ -58,7 +58,7 @@ class TestWeightedOperators:
         placement = placed(graph, tmp_path, ["y"])
 
         assert [(p.unsigned, p.zero_point, p.divisor) for p in placement.activations] == [(False, 0, 127)] * 2
-        assert [p.bias_scale_of for p in placement.weights] == [None, None]
+        assert [p.integer_bias for p in placement.weights] == [False, False]
 
     def test_axes_of_per_channel_weights(self, graph_builder: Any, tmp_path: Path) -> None:
         """Conv 0, ConvTranspose 1, grouped ConvTranspose none, Gemm by transB, MatMul 1, batched MatMul none."""

@@ -206,7 +206,7 @@ class TestScales:
         result = insert_qdq(prepared, place_for_tensorrt(prepared.ir()), {"input": 0.1, "relu": 0.2})
 
         assert result.scales == {"input": float(np.float32(0.1)), "flat": float(np.float32(0.2))}
-        assert result.weight_range == 127
+        assert set(result.weight_ranges.values()) == {127}
 
 
 def convolve(x: Any, weight: Any, bias: Any) -> Any:
@@ -321,6 +321,21 @@ class TestIntegerBiases:
 
         assert len(weights) == 9
         assert {int(np.abs(codes.astype(int)).max()) for codes in weights} == {63}
+
+    @pytest.mark.parametrize(("factor", "limit"), [(1.0, 127), (1.25, 101), (5.0, 63)])
+    def test_reduced_range_spares_weights_whose_activations_use_fewer_codes(
+        self, tiny_model: Path, factor: float, limit: int
+    ) -> None:
+        """127 * 127 // code: a Relu whose maximum is the threshold leaves 8 bits; a signed input leaves 7."""
+        prepared = prepare(tiny_model)
+        placement = place_for_cpu(prepared.ir())
+        scales = dict.fromkeys(placement.tensors, 0.1)
+        largest = dict.fromkeys(placement.tensors, factor * 12.7)
+        result = insert_qdq(prepared, placement, scales, reduce_range=True, largest=largest)
+
+        assert result.weight_ranges == {"conv": 63, "fc": limit}  # codes 255; 127, 159, 255
+        codes = [v for v in constants(ir.to_proto(result.model)).values() if v.dtype == np.int8 and v.size > 9]
+        assert [int(np.abs(array.astype(int)).max()) for array in codes] == [63, limit]
 
     def test_the_bias_is_the_float_one_to_half_a_unit(self, tiny_model: Path) -> None:
         """bias ~ code * s_x * s_w[k], and the scale in the file is that product."""
