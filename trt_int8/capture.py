@@ -206,7 +206,7 @@ def _check_interface(proto: onnx.ModelProto, opset: int, inputs: Sequence[str], 
         if found != list(wanted):
             raise ExportError(
                 f"PyTorch exported the {what} {', '.join(found)}; expected {', '.join(wanted)}. "
-                "Let forward take and return every tensor once."
+                "Wrap the model in a module whose forward takes and returns these tensors alone."
             )
 
 

@@ -5,6 +5,7 @@ The file appears under its name only after all checks: shapes inferred, the chec
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from engines.onnxrt import PRECISION_KEY, OnnxRuntimeRunner, load_header, tensor
 from engines.runner import TensorSpec
 from trt_int8.capture import DynamicAxes, capture
 from trt_int8.errors import ExportError
+from trt_int8.input_binding import program_samples
 from trt_int8.models import load_model
 from trt_int8.reproduction import (
     DEFAULT_TOLERANCE,
@@ -111,7 +113,8 @@ def export_onnx(
             way, with itself as the reference.
         inputs: real samples: input name to array, the batch axis first. The names become those of the graph's inputs.
             They are bound to the parameters of `forward` by name where all of them are parameters, else by position.
-            May be empty for an `.onnx` file, which is not run then.
+            May be empty for a program, which is checked with the inputs that it was made with, and for an `.onnx`
+            file, which is not run then.
         output: the file to write; weights that one file cannot hold go to `NAME.onnx.data` beside it.
         opset: ONNX opset to write; a file keeps its own.
         dynamic: input name to axis to symbol: the axes that stay free. By default axis 0 of every input that has axes
@@ -120,7 +123,7 @@ def export_onnx(
             "output_1" for a tuple. Not for files.
         tolerance: largest difference from the reference that is let pass, relative to the output's largest magnitude.
         simplify: fold and merge nodes by onnxslim.
-        external_data_above: bytes of the model above which its weights go to a file of their own.
+        external_data_above: bytes of weights above which they go to a file of their own.
         track: shows progress.
 
     Returns:
@@ -132,8 +135,8 @@ def export_onnx(
         FileAccessError: a file cannot be read or written.
         ConfigError: an entry point names nothing.
     """
-    samples = {name: _array(value) for name, value in inputs.items()}
     source = _opened(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
+    samples = {name: _array(value) for name, value in inputs.items()} or _samples_of(source)
     free = _free_axes(source, samples, dynamic)
     target = Path(output)
     with _staging_folder(target) as folder:
@@ -179,9 +182,12 @@ class _Export:
         self.reference = captured.reference
         self.proto = _simplified(captured.proto) if self.simplify else captured.proto
         onnx.helper.set_model_props(self.proto, {PRECISION_KEY: "fp32"})
-        for name, axes in self.free.items():
-            spec = next(spec for spec in tensor_specs(self.proto)[0] if spec.name == name)
-            for axis, symbol in axes.items():
+        specs = {spec.name: spec for spec in tensor_specs(self.proto)[0]}
+        unused = [name for name in samples if name not in specs]
+        if unused:
+            self.notes.append(f"No output depends on {', '.join(unused)}: left out of the graph.")
+        for name, spec in specs.items():
+            for axis, symbol in self.free.get(name, {}).items():
                 if spec.shape is not None and isinstance(spec.shape[axis], int):
                     raise ExportError(
                         f"PyTorch fixed axis {axis} ({symbol}) of input {name!r} at {spec.shape[axis]}. "
@@ -208,7 +214,7 @@ class _Export:
 
     def write(self) -> None:
         """Write the file, infer its shapes, and have it checked."""
-        external = self.proto.ByteSize() > self.external_data_above
+        external = _weight_bytes(self.proto) > self.external_data_above
         onnx.save_model(
             self.proto,
             self.file,
@@ -278,6 +284,14 @@ def _opened(source: str) -> torch.nn.Module | ExportedProgram | Path:
     return Path(source)
 
 
+def _samples_of(source: torch.nn.Module | ExportedProgram | Path) -> dict[str, Array]:
+    if isinstance(source, Path):
+        return {}
+    from torch.export import ExportedProgram
+
+    return program_samples(source) if isinstance(source, ExportedProgram) else {}
+
+
 def _array(value: Array | torch.Tensor) -> Array:
     return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
 
@@ -286,14 +300,14 @@ def _free_axes(
     source: torch.nn.Module | ExportedProgram | Path, samples: Mapping[str, Array], dynamic: DynamicAxes | None
 ) -> DynamicAxes:
     """Return the axes of a module that stay free, checked against the samples; none for programs and files."""
-    import torch
-
-    if not isinstance(source, Path) and not samples:
-        raise ExportError("Cannot export without sample inputs: PyTorch traces the model on them. Give one per input.")
-    if not isinstance(source, torch.nn.Module):
+    if isinstance(source, Path) or not _is_module(source):
         if dynamic is not None:
             raise ExportError("Cannot choose the free axes of a program or an .onnx file: they are part of it.")
+        if not samples and not isinstance(source, Path):
+            raise ExportError("Cannot check the program: it keeps no sample inputs of its own. Give one per input.")
         return {}
+    if not samples:
+        raise ExportError("Cannot export without sample inputs: PyTorch traces the model on them. Give one per input.")
     if dynamic is None:
         dynamic = {name: {0: "batch"} for name, value in samples.items() if value.ndim}
     lengths: dict[str, tuple[str, int]] = {}
@@ -315,6 +329,12 @@ def _free_axes(
     return dynamic
 
 
+def _is_module(source: torch.nn.Module | ExportedProgram) -> bool:
+    import torch
+
+    return isinstance(source, torch.nn.Module)
+
+
 def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with quiet():
@@ -322,6 +342,14 @@ def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
             return slim
     except Exception as error:  # onnxslim raises whatever its parser meets
         raise ExportError(f"onnxslim cannot simplify the graph: {_one_line(error)}. Try simplify=False.") from error
+
+
+def _weight_bytes(proto: onnx.ModelProto) -> int:
+    # Protobuf's own ByteSize fails on what is too large for one message, which is what this is to find out.
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in proto.graph.initializer
+    )
 
 
 @contextmanager

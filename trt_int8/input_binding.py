@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from calibrators.protocols import Array
 from engines.runner import TensorSpec
 from trt_int8.errors import ExportError
 
@@ -99,6 +100,17 @@ def bind_to_program(program: ExportedProgram, names: Sequence[str]) -> InputBind
         return tuple(args), dict(kwargs)
 
     return InputBinding(wanted if by_name else tuple(names), arguments, dict)
+
+
+def program_samples(program: ExportedProgram) -> dict[str, Array]:
+    """Return the inputs that a program was made with, by name; empty where it does not keep them."""
+    from torch.utils import _pytree
+
+    leaves = _pytree.tree_leaves(program.example_inputs)
+    names = [spec.name for spec in program_inputs(program)]
+    if len(leaves) != len(names):
+        return {}
+    return {name: leaf.detach().numpy() for name, leaf in zip(names, leaves, strict=True)}
 
 
 def program_inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:

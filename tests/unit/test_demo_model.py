@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,16 @@ from trt_int8.demo.model import BasicBlock, digits_resnet
 
 Item = TypeVar("Item")
 
-QUICK = Recipe(width=4, epochs=1, batch_size=128)
+QUICK = Recipe(width=4, epochs=1, batch_size=256)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Train on one thread: steps this small wait for each other longer than they compute where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,8 @@ def test_the_scans_are_split_by_digit_and_always_alike(split: DigitsSplit) -> No
     assert split.test_images.shape == (540, 1, 32, 32)
     assert split.train_images.dtype == split.test_images.dtype == np.float32
     assert split.train_labels.dtype == split.test_labels.dtype == np.int64
-    assert np.bincount(split.test_labels).tolist() == [53, 55, 53, 55, 54, 55, 54, 54, 52, 55]
+    train_counts, test_counts = np.bincount(split.train_labels), np.bincount(split.test_labels)
+    assert np.abs(test_counts - (train_counts + test_counts) * 540 / 1797).max() < 1
     for first, second in zip(split, load_digits_split(), strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -67,7 +77,8 @@ def test_the_scans_are_split_by_digit_and_always_alike(split: DigitsSplit) -> No
 def test_no_scan_is_on_both_sides(split: DigitsSplit) -> None:
     """Nothing that is held back was seen in training, nor by calibration."""
     seen = {image.tobytes() for image in split.train_images}
-    assert not any(image.tobytes() in seen for image in split.test_images)
+    again = sum(image.tobytes() in seen for image in split.test_images)
+    assert again == 0
 
 
 def test_scans_are_enlarged_bilinearly(split: DigitsSplit) -> None:
@@ -91,19 +102,20 @@ def test_training_learns_and_leaves_the_global_state_alone(split: DigitsSplit) -
         return listed
 
     torch.manual_seed(1)
-    model = digits_resnet(QUICK.width)
+    recipe = Recipe(width=8, epochs=1, batch_size=32)
+    model = digits_resnet(recipe.width)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    result = train(model, split, replace(QUICK, epochs=3, batch_size=128), track=track)
-    assert result.accuracy > 0.5
-    assert (result.epochs, result.seconds > 0) == (3, True)
-    assert seen == [("train the network", 27, 27)]
+    result = train(model, split, recipe, track=track)
+    assert result.accuracy > 0.3
+    assert (result.epochs, result.seconds > 0) == (1, True)
+    assert seen == [("train the network", 39, 39)]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert not any(part.training for part in model.modules())
 
 
 def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:
-    """The checkpoint is loaded the second time, and trained anew when the recipe changes or the file is damaged."""
+    """The checkpoint is loaded the second time; another recipe or a damaged file trains anew, to the same weights."""
     state = torch.get_rng_state()
     first = prepare_demo(tmp_path, recipe=QUICK)
     assert first.training is not None
@@ -119,7 +131,10 @@ def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:
     assert not torch.equal(load_file(other.checkpoint)["fc.weight"], weights["fc.weight"])
 
     other.checkpoint.write_bytes(other.checkpoint.read_bytes()[:1000])
-    assert prepare_demo(tmp_path, recipe=replace(QUICK, seed=1)).training is not None
+    third = prepare_demo(tmp_path, recipe=QUICK)
+    assert third.training is not None
+    for name, value in load_file(third.checkpoint).items():
+        assert torch.equal(value, weights[name])
     assert torch.equal(torch.get_rng_state(), state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "calibration_data.npz",
@@ -130,11 +145,14 @@ def test_the_demo_trains_once_for_each_recipe(tmp_path: Path) -> None:
 
 
 def test_the_files_hold_training_and_held_back_scans(tmp_path: Path, split: DigitsSplit) -> None:
-    """1000 training scans to calibrate on, the held-back ones to judge by, and weights that `digits_resnet` takes."""
+    """Training scans to calibrate on and to choose by, the held-back ones to judge by, and weights for the network."""
     files = prepare_demo(tmp_path / "new folder", recipe=QUICK)
     with np.load(files.calibration_data) as data:
         np.testing.assert_array_equal(data["image"], split.train_images[:1000])
         np.testing.assert_array_equal(data["label"], split.train_labels[:1000])
+    with np.load(files.choosing_data) as data:
+        np.testing.assert_array_equal(data["image"], split.train_images[1000:])
+        np.testing.assert_array_equal(data["label"], split.train_labels[1000:])
     with np.load(files.evaluation_data) as data:
         np.testing.assert_array_equal(data["image"], split.test_images)
         labels, images = data["label"], data["image"]
@@ -146,7 +164,11 @@ def test_the_files_hold_training_and_held_back_scans(tmp_path: Path, split: Digi
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    """A file in the folder's place is told, not a traceback."""
+    """A file in the folder's place is told before anything is trained."""
+
+    def never(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+        raise AssertionError(description)
+
     (tmp_path / "file").write_text("")
     with pytest.raises(FileAccessError, match="Cannot write"):
-        prepare_demo(tmp_path / "file", recipe=QUICK)
+        prepare_demo(tmp_path / "file", recipe=QUICK, track=never)

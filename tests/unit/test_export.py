@@ -34,7 +34,7 @@ class ConvNet(nn.Module):
         """Map [N, 2, 8, 8] to [N, 5]."""
         features = self.stem(image)
         features = torch.relu(features + self.block["norm"](self.block["conv"](features)))
-        features = self.up_norm(self.up(features)).mean(dim=(2, 3))
+        features = torch.relu(self.up_norm(self.up(features))).mean(dim=(2, 3))
         return self.head_norm(self.head(features))
 
 
@@ -113,7 +113,7 @@ def test_batchnorm_is_folded_and_nodes_bear_module_names(exported: ExportResult)
         "up/ConvTranspose": "up/ConvTranspose",
         "head/Gemm": "output",
     }
-    assert {"stem.2/Relu", "Add", "Relu"} <= {node.output[0] for node in proto.graph.node}
+    assert {"stem.2/Relu", "Add", "Relu", "Relu_1"} <= {node.output[0] for node in proto.graph.node}
 
 
 def test_shapes_are_inferred_and_no_paths_are_told(exported: ExportResult) -> None:
@@ -134,7 +134,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(exported: ExportResult, model: 
 
 
 class Tokens(nn.Module):
-    """Two integer inputs, an optional scalar, and outputs in a nest of containers."""
+    """Integer inputs, a scalar, one input without use, and outputs in a nest of containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,13 +143,13 @@ class Tokens(nn.Module):
         self.second = nn.Linear(6, 3)
 
     def forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, temperature: torch.Tensor
+        self, ids: torch.Tensor, mask: torch.Tensor, temperature: torch.Tensor, position: torch.Tensor
     ) -> dict[str, torch.Tensor | list[torch.Tensor] | None]:
         """Map [N, L] ids and mask to [N, 3] and the hidden states."""
         hidden = self.table(ids) * mask[..., None]
         further = torch.relu(self.first(hidden))
         logits = self.second(further.sum(dim=1)) / temperature
-        return {"logits": logits, "hidden": [hidden, further], "cache": None}
+        return {"logits": logits, "hidden": [hidden, further], "cache": None, "mask": 1 - mask}
 
 
 def test_integer_inputs_scalars_and_nested_outputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +158,10 @@ def test_integer_inputs_scalars_and_nested_outputs(tmp_path: Path, capfd: pytest
     model = Tokens().eval()
     generator = np.random.default_rng(0)
     feeds = {
-        "mask": generator.integers(0, 2, (3, 5)),
-        "ids": generator.integers(0, 11, (3, 5)),
+        "mask": generator.integers(0, 2, (1, 5)),
+        "ids": generator.integers(0, 11, (1, 5)),
         "temperature": np.array(1.5, dtype=np.float32),
+        "position": np.arange(3),
     }
     free = {name: {0: "batch", 1: "length"} for name in ("ids", "mask")}
     result = export_onnx(model, feeds, tmp_path / "model.onnx", dynamic=free)
@@ -169,14 +170,17 @@ def test_integer_inputs_scalars_and_nested_outputs(tmp_path: Path, capfd: pytest
         "mask: int64 (batch, length)",
         "temperature: float32 ()",
     ]
-    assert [spec.name for spec in result.outputs] == ["logits", "hidden_0", "hidden_1"]
-    assert {item.batch for item in result.differences} == {3, 1}
+    assert [spec.name for spec in result.outputs] == ["logits", "hidden_0", "hidden_1", "mask_output"]
+    assert {item.batch for item in result.differences} == {1, 2}
+    assert result.notes == ("No output depends on position: left out of the graph.",)
     other = {**feeds, "ids": generator.integers(0, 11, (4, 9)), "mask": generator.integers(0, 2, (4, 9))}
     with torch.no_grad():
         expected = model(**{name: torch.from_numpy(value) for name, value in other.items()})
+    other.pop("position")
     found = run(result.path, **other)
     np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["hidden_1"], expected["hidden"][1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found["mask_output"], 1 - other["mask"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -236,6 +240,32 @@ class Numbered(nn.Module):
         return x, 3
 
 
+class Halved(nn.Module):
+    """Returns what numpy has no dtype for."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return x in another format."""
+        return {"half": x.bfloat16()}
+
+
+class Silent(nn.Module):
+    """Returns nothing."""
+
+    def forward(self, x: torch.Tensor) -> None:
+        """Forget to return."""
+        x.relu()
+
+
+class Reluctant(nn.Module):
+    """Code that refuses to be traced, with a reason of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x, unless asked by an exporter."""
+        if torch.compiler.is_exporting():
+            raise NotImplementedError("no export of this one.\nAsk its makers.")
+        return x
+
+
 class Eigenvalues(nn.Module):
     """An operator without a counterpart in ONNX."""
 
@@ -250,6 +280,9 @@ class Eigenvalues(nn.Module):
         (Choosy(), (2, 4), r"flow depends on values.* at test_export.py:\d+: `if x.sum\(\) > 0:`\. .*torch\.where"),
         (Counting(), (2, 4), r"does not reproduce its source at batch 2: output 'output' differs"),
         (Numbered(), (2, 4), r"returns int \(output_1\); expected tensors"),
+        (Reluctant(), (2, 4), r"cannot export the model: no export of this one\. Try torch\.export"),
+        (Halved(), (2, 4), r"returns torch.bfloat16 \(half\)"),
+        (Silent(), (2, 4), r"returns no tensor"),
         (Eigenvalues(), (2, 4, 4), r"no counterpart of the operator aten\._linalg_eigh"),
     ],
 )
@@ -301,14 +334,16 @@ def test_samples_must_agree_on_the_batch(tmp_path: Path) -> None:
         export_onnx(Pair(), samples, tmp_path / "model.onnx")
 
 
-def test_weights_must_be_fp32(tmp_path: Path) -> None:
-    """A half-precision model is not a calibration's starting point."""
+def test_weights_must_be_fp32_and_on_the_cpu(tmp_path: Path) -> None:
+    """A half-precision model is not a calibration's starting point, and samples would not meet it on another device."""
+    with pytest.raises(ExportError, match=r"lies on meta \(weight\)\. Move it with model\.cpu\(\)"):
+        export_onnx(nn.Linear(4, 2, device="meta"), {"x": np.ones((2, 4), np.float32)}, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=r"'weight' of torch.float16.*model.float\(\)"):
         export_onnx(nn.Linear(4, 2).half(), {"x": np.ones((2, 4), np.float32)}, tmp_path / "model.onnx")
 
 
 def test_programs_keep_their_axes(tmp_path: Path) -> None:
-    """A program's free batch is called "batch", whatever PyTorch calls it, and one sample is checked against two."""
+    """A program's free batch is called "batch", whatever PyTorch calls it; it brings samples of its own."""
     linear = nn.Linear(4, 2)
     free = {"input": {0: torch.export.Dim("n", min=1)}}
     program = torch.export.export(linear, (torch.ones(3, 4),), dynamic_shapes=free)
@@ -321,6 +356,10 @@ def test_programs_keep_their_axes(tmp_path: Path) -> None:
     assert [item.batch for item in result.differences] == [1, 2]
     with torch.no_grad():
         np.testing.assert_allclose(run(result.path, x=sample)["output"], linear(torch.from_numpy(sample)), rtol=1e-5)
+    torch.export.save(program, tmp_path / "model.pt2")
+    alone = export_onnx(tmp_path / "model.pt2", {}, tmp_path / "model.onnx")
+    assert [spec.name for spec in alone.inputs] == ["input"]
+    assert [item.batch for item in alone.differences] == [3, 1]
     with pytest.raises(ExportError, match="free axes of a program"):
         export_onnx(program, {"x": sample}, tmp_path / "model.onnx", dynamic={})
 
@@ -383,12 +422,16 @@ def test_large_weights_lie_beside_the_model(onnx_file: Path, images: np.ndarray,
     assert result.size_bytes == data.stat().st_size + result.path.stat().st_size
     assert "model.onnx.data: keep it beside" in result.notes[-1]
     np.testing.assert_allclose(run(result.path, x=images)["y"], run(onnx_file, x=images)["y"], rtol=1e-4, atol=1e-5)
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(result.path.read_bytes())
+    with pytest.raises(ModelError, match=r"Cannot read the model .*alone\.onnx.*model\.onnx\.data"):
+        export_onnx(alone, {}, tmp_path / "copy.onnx")
     export_onnx(onnx_file, {}, folder / "model.onnx")
     assert [path.name for path in folder.iterdir()] == ["model.onnx"]
 
 
 def test_an_invalid_graph_is_refused(onnx_file: Path, tmp_path: Path) -> None:
-    """A node that the standard does not have is named, and the old file stays."""
+    """A node that the standard does not have is named, a cycle is told, and the old file stays."""
     proto = onnx.load(onnx_file)
     proto.graph.node[1].op_type = "Konv"
     broken, output = tmp_path / "broken.onnx", tmp_path / "model.onnx"
@@ -396,6 +439,11 @@ def test_an_invalid_graph_is_refused(onnx_file: Path, tmp_path: Path) -> None:
     output.write_bytes(b"an older model")
     with pytest.raises(ExportError, match=r"not valid ONNX: .*Konv"):
         export_onnx(broken, {}, output, simplify=False)
+    proto.graph.node[1].op_type = "Conv"
+    proto.graph.node[0].input[0] = "y"
+    onnx.save(proto, broken)
+    with pytest.raises(ExportError, match=r"onnxslim cannot simplify the graph: .*simplify=False"):
+        export_onnx(broken, {}, output)
     assert output.read_bytes() == b"an older model"
 
 

@@ -39,6 +39,8 @@ class Plain(nn.Module):
 ready = Plain()
 number = 7
 
+dict = dict  # a factory without a signature
+
 def words():
     return "words"
 
@@ -115,6 +117,7 @@ def test_an_error_of_the_factory_passes_through(net: str) -> None:
     [
         ("words", ExportError, "of type str; expected a torch.nn.Module"),
         ("number", ExportError, "of type int"),
+        ("dict", ExportError, "of type dict; expected"),
         ("Nte", ConfigError, "did you mean 'Net'"),
     ],
 )

@@ -55,8 +55,8 @@ class Recipe:
     """
 
     width: int = 32
-    epochs: int = 6
-    batch_size: int = 64
+    epochs: int = 5
+    batch_size: int = 32
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -187,6 +187,12 @@ def prepare_demo(folder: Path, *, recipe: Recipe | None = None, track: Track = u
 
     recipe = recipe or Recipe()
     split = load_digits_split()
+    calibration = folder / "calibration_data.npz"
+    _write(calibration, split.train_images[:CALIBRATION_SCANS], split.train_labels[:CALIBRATION_SCANS])
+    choosing = folder / "choosing_data.npz"
+    _write(choosing, split.train_images[CALIBRATION_SCANS:], split.train_labels[CALIBRATION_SCANS:])
+    evaluation = folder / "evaluation_data.npz"
+    _write(evaluation, split.test_images, split.test_labels)
     checkpoint = folder / "digits.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -201,12 +207,6 @@ def prepare_demo(folder: Path, *, recipe: Recipe | None = None, track: Track = u
         accuracy = training.accuracy
         with atomic_path(checkpoint) as temporary:
             save_file(model.state_dict(), temporary, metadata={"recipe": made_by})
-    calibration = folder / "calibration_data.npz"
-    _write(calibration, split.train_images[:CALIBRATION_SCANS], split.train_labels[:CALIBRATION_SCANS])
-    choosing = folder / "choosing_data.npz"
-    _write(choosing, split.train_images[CALIBRATION_SCANS:], split.train_labels[CALIBRATION_SCANS:])
-    evaluation = folder / "evaluation_data.npz"
-    _write(evaluation, split.test_images, split.test_labels)
     return DemoFiles(checkpoint, calibration, choosing, evaluation, accuracy, training)
 
 
