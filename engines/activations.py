@@ -39,13 +39,18 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
     which wants them all.
 
     Raises:
-        CalibrationError: nothing in the graph can be quantized.
+        CalibrationError: nothing in the graph can be quantized, or it is quantized already.
     """
     model = prepared.ir()
     every = float_activations(model)
     if which == "all":
         return every
     wanted = {*place_for_tensorrt(model).tensors, *place_for_cpu(model).tensors}
+    if not wanted and any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
+        raise CalibrationError(
+            f"{str(prepared.path)!r} is quantized already: nothing that holds float weights is left in it. "
+            "Calibrate the FP32 model that it was made from."
+        )
     if not wanted:
         raise CalibrationError(
             f"{str(prepared.path)!r} holds no Conv, ConvTranspose, Gemm or MatMul with constant weights: there is "

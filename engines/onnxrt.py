@@ -154,7 +154,8 @@ def make_session(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # warnings about unused initializers and the like are no news to the user
+    # Warnings about unused initializers and the like are no news to the user, and errors are raised besides.
+    options.log_severity_level = 4
     # Idle worker threads would spin for tens of milliseconds after a run, and slow down whatever runs next: another
     # session of a benchmark, the counting of a calibration.
     options.add_session_config_entry("session.force_spinning_stop", "1")

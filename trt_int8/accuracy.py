@@ -7,6 +7,7 @@ data (`trt_int8.metrics`), Polygraphy's own verdict from its first batches (`trt
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array, Batch, Track, untracked
 from engines.onnxrt import OnnxRuntimeRunner, check_feeds
+from engines.runner import TensorSpec
 from trt_int8.errors import DataError, InferenceError, ModelError, TrtInt8Error
 from trt_int8.feeds import fixed_batch
 from trt_int8.metrics import AgreementMeter, Difference, DifferenceMeter, LabelMeter, class_axis
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from polygraphy.comparator import RunResults
 
     from trt_int8.data import DataBatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,10 @@ def compare(
     models = [reference, *candidates]
     for candidate in candidates:
         _check_outputs(reference, candidate)
+    if labels is not None:
+        check_classifies(reference, labels)
+    if not any(_is_float(spec) for spec in reference.outputs):
+        _log.warning("%s has no float output: nothing can be compared but whether the models run", reference.name)
     meters = _Meters(reference, len(candidates), labels)
     recording = Recording(models)
     count = 0
@@ -185,6 +193,8 @@ def _run(
     models: Sequence[OnnxRuntimeRunner], names: Sequence[str], batches: Iterable[DataBatch]
 ) -> Generator[tuple[DataBatch, RunResults], None, None]:
     """Yield each batch with what Polygraphy's runners made of it; valid until the next one is asked for."""
+    # Polygraphy imports torch at its first inference, and takes a Ctrl-C in that second for a missing package.
+    import torch  # noqa: F401
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator
 
@@ -226,7 +236,7 @@ class _Meters:
 
     def __init__(self, reference: OnnxRuntimeRunner, candidates: int, labels: str | None) -> None:
         self._labels = labels
-        self._floats = [spec.name for spec in reference.outputs if np.issubdtype(spec.dtype, np.floating)]
+        self._floats = [spec.name for spec in reference.outputs if _is_float(spec)]
         self._differences = [{name: DifferenceMeter() for name in self._floats} for _ in range(candidates)]
         self._agreements = [AgreementMeter() for _ in range(candidates)]
         self._right = [LabelMeter() for _ in range(candidates + 1)]
@@ -309,6 +319,31 @@ class _Meters:
         return labels
 
 
+def check_classifies(model: OnnxRuntimeRunner, labels: str) -> None:
+    """Check that a model may have an output that labels can be compared with, as far as the graph states the shapes.
+
+    Args:
+        model: the reference; it need not be entered.
+        labels: name of the array of labels, for the message.
+
+    Raises:
+        DataError: no float output has an axis of at least two classes.
+    """
+    for spec in model.outputs:
+        if not _is_float(spec):
+            continue
+        if spec.shape is None:
+            return
+        classes = spec.shape[class_axis(len(spec.shape))] if len(spec.shape) >= 2 else 1
+        if not isinstance(classes, int) or classes >= 2:
+            return
+    found = "; ".join(str(spec) for spec in model.outputs)
+    raise DataError(
+        f"Cannot score against the labels {labels!r}: they need a float output of shape (samples, classes), and the "
+        f"outputs of {model.name} are {found}. Leave the labels out to compare outputs only."
+    )
+
+
 def _check_outputs(reference: OnnxRuntimeRunner, candidate: OnnxRuntimeRunner) -> None:
     expected = [spec.name for spec in reference.outputs]
     found = [spec.name for spec in candidate.outputs]
@@ -317,6 +352,10 @@ def _check_outputs(reference: OnnxRuntimeRunner, candidate: OnnxRuntimeRunner) -
             f"Cannot compare {candidate.name} with {reference.name}: its outputs are {', '.join(found)}; "
             f"expected {', '.join(expected)}. Compare two forms of the same model."
         )
+
+
+def _is_float(spec: TensorSpec) -> bool:
+    return np.issubdtype(spec.dtype, np.floating)
 
 
 def _decides(output: Array) -> bool:

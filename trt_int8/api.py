@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
@@ -17,6 +18,7 @@ from trt_int8.accuracy import AccuracyResult
 from trt_int8.accuracy import compare as compare_runners
 from trt_int8.benchmarking import BenchmarkResult, time_side_by_side
 from trt_int8.calibration import calibrate
+from trt_int8.choices import check_choice
 from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import ConfigError
 from trt_int8.export import export_onnx
@@ -45,7 +47,7 @@ BENCHMARK_BATCHES = 16
 
 
 def benchmark(
-    models: Sequence[Model],
+    models: Model | Sequence[Model],
     data: DataSpec | None = None,
     *,
     batch_size: int | None = None,
@@ -60,7 +62,7 @@ def benchmark(
     """Time models side by side on the same batches; speed-ups are against the first one.
 
     Args:
-        models: ONNX files.
+        models: ONNX files, or a single one.
         data: what to feed; random numbers of the model's shapes where None (an INT8 kernel takes the same time whatever
             the values are).
         batch_size: samples per inference, 1 by default.
@@ -77,6 +79,7 @@ def benchmark(
         ConfigError: a dynamic axis other than the batch needs data to give it a length.
         DataError: the data do not fit.
     """
+    models = _listed(models)
     if not models:
         raise ConfigError("Cannot benchmark: no models were given; expected at least one.")
     runners = _runners(models, names, execution, threads)
@@ -91,7 +94,7 @@ def benchmark(
 
 def compare(
     reference: Model,
-    candidates: Sequence[Model],
+    candidates: Model | Sequence[Model],
     data: DataSpec,
     *,
     labels: str | None = None,
@@ -108,7 +111,7 @@ def compare(
 
     Args:
         reference: the FP32 ONNX file.
-        candidates: ONNX files with the same inputs and outputs.
+        candidates: ONNX files with the same inputs and outputs, or a single one.
         data: what to feed.
         labels: name of the array of class labels; None compares outputs only.
         batch_size: samples per batch, where the data is cut here; 1 by default.
@@ -123,8 +126,10 @@ def compare(
     Raises:
         DataError: the data or the labels do not fit.
     """
-    runner = OnnxRuntimeRunner(reference, threads=threads)
-    runners = _runners(candidates, names, execution, threads)
+    candidates = _listed(candidates)
+    titles = _titles([reference, *candidates])
+    runner = OnnxRuntimeRunner(reference, name=titles[0], threads=threads)
+    runners = _runners(candidates, titles[1:] if names is None else names, execution, threads)
     source = open_data(
         data,
         runner.inputs,
@@ -149,8 +154,20 @@ def _runners(
 ) -> list[OnnxRuntimeRunner]:
     if names is not None and len(names) != len(models):
         raise ConfigError(f"{len(names)} names were given for {len(models)} models; expected one each.")
-    titles: Sequence[str | None] = names or [None] * len(models)
+    if execution is not None:
+        check_choice("execution", execution, Execution)
+    titles = _titles(models) if names is None else names
     return [
         OnnxRuntimeRunner(model, name=title, execution=execution, threads=threads)
         for model, title in zip(models, titles, strict=True)
     ]
+
+
+def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:
+    return [models] if isinstance(models, str | os.PathLike) else models
+
+
+def _titles(models: Sequence[Model]) -> list[str]:
+    """Name models by their files, and by their whole paths where two files have one name."""
+    files = [Path(model).name for model in models]
+    return files if len(set(files)) == len(files) else [os.fspath(model) for model in models]

@@ -12,6 +12,7 @@ from calibrators.errors import CalibrationError
 from calibrators.files import read_bytes
 from calibrators.tensorrt_cache import ENTROPY_2, MINMAX, TensorRTCache, header_version
 from trt_int8.console import make_table
+from trt_int8.outputs import check_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +55,9 @@ def export_cache(
 
     Raises:
         CalibrationError: TensorRT of that version has no calibrators, or the method is unknown.
+        ConfigError: `output` is the calibration itself.
     """
+    check_output(output, file)
     calibration = Calibration.load(file)
     cache = tensorrt_cache(calibration, method=method, percentile=percentile, tensorrt_version=tensorrt_version)
     cache.save(output)

@@ -13,10 +13,13 @@ from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
 from engines.graph import PreparedModel, prepare
 from engines.onnxrt import tensor_specs
 from trt_int8 import __version__
+from trt_int8.choices import check_choice
 from trt_int8.data import DataSpec, open_data
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
+
+Tensors = Literal["quantized", "all"]
 
 DEFAULT_MAX_BATCHES = 1000
 
@@ -25,7 +28,7 @@ def calibrate(
     model: str | os.PathLike[str],
     data: DataSpec,
     *,
-    tensors: Literal["quantized", "all"] = "quantized",
+    tensors: Tensors = "quantized",
     batch_size: int | None = None,
     max_batches: int | None = DEFAULT_MAX_BATCHES,
     preprocessing: Preprocessing | None = None,
@@ -55,6 +58,7 @@ def calibrate(
         NonFiniteActivationError: an activation overflowed; the tensor, batch and node are named.
         TrtInt8Error: see `engines.graph.prepare` for the model's own errors.
     """
+    check_choice("tensors", tensors, Tensors)
     prepared = prepare(model)
     inputs, _ = tensor_specs(prepared.proto)
     names = tensors_to_calibrate(prepared, tensors)

@@ -145,8 +145,10 @@ def export(
     """Export a PyTorch model to ONNX and check that it computes the same."""
     from trt_int8.export_options import model_config
     from trt_int8.export_stage import export_configured
+    from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
+    check_output(output, model, data, checkpoint)
     config = model_config(
         model,
         inputs=input_ or [],
@@ -161,7 +163,11 @@ def export(
     for spec in (*result.inputs, *result.outputs):
         typer.echo(f"  {spec}")
     for difference in result.differences:
-        typer.echo(f"  {difference}")
+        batch = "" if difference.batch is None else f" at batch {difference.batch}"
+        typer.echo(
+            f"  {difference.output}{batch}: differs from PyTorch by at most {difference.max_abs:.3g}, "
+            f"{difference.max_rel:.3g} of its largest magnitude"
+        )
     for note in result.notes:
         typer.echo(note)
 
@@ -179,8 +185,10 @@ def calibrate(
 ) -> None:
     """Stream batches through an FP32 model once; the result serves every method."""
     from trt_int8.calibration import calibrate as stage
+    from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
+    check_output(output, model, data)
     calibration = stage(
         model,
         data,
@@ -216,9 +224,11 @@ def quantize(
 ) -> None:
     """Write an INT8 model with Q/DQ nodes from a calibration."""
     from calibrators.calibration import Calibration
+    from trt_int8.outputs import check_output
     from trt_int8.progress import track
     from trt_int8.quantization import quantize as stage
 
+    check_output(output, model, calibration, data)
     result = stage(
         model,
         Calibration.load(calibration),
@@ -259,8 +269,11 @@ def bench(
     """Time models side by side, in interleaved rounds."""
     from trt_int8.api import benchmark
     from trt_int8.console import benchmark_table, console
+    from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
+    if json_file is not None:
+        check_output(json_file, *models, data)
     result = benchmark(
         models,
         data,
@@ -299,8 +312,11 @@ def compare(
     """Compare models' outputs with a reference's on the same data."""
     from trt_int8.api import compare as stage
     from trt_int8.console import accuracy_table, console
+    from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
+    if json_file is not None:
+        check_output(json_file, reference, *candidates, data)
     result = stage(
         reference,
         candidates,

@@ -165,6 +165,9 @@ class QuantizeConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name, chosen in (("methods", self.methods), ("targets", self.targets)):
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{name} is {list(chosen)}, expected each only once")
         if self.method not in self.methods:
             raise ValueError(f"method is {self.method!r}, expected one of methods: {', '.join(self.methods)}")
         for pattern in self.exclude:
@@ -178,9 +181,9 @@ class QuantizeConfig(Section):
 class BenchmarkConfig(Section):
     """Timing."""
 
-    rounds: PositiveInt = Field(default=20, description="how often each model takes its turn")
+    rounds: int = Field(default=20, strict=True, ge=5, description="how often each model takes its turn")
     budget_s: Number = Field(default=10.0, gt=0, description="seconds for all rounds together")
-    warmup_s: Number = Field(default=0.2, ge=0, description="seconds of untimed inference before, for each model")
+    warmup_s: Number = Field(default=0.2, gt=0, description="seconds of untimed inference before, for each model")
     threads: PositiveInt | None = Field(
         default=None, description="threads inside an operator; null is ONNX Runtime's default, one per physical core"
     )

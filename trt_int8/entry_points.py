@@ -58,6 +58,27 @@ def import_entry_point(spec: str, what: str) -> Any:
     return found
 
 
+def source_file(spec: str) -> Path | None:
+    """Find the file that an entry point's object is defined in, without running it.
+
+    Returns:
+        The module's file, or None where `spec` is no entry point, or there is no such module or no file of it.
+    """
+    parts = split_entry_point(spec)
+    if parts is None:
+        return None
+    if parts[0].endswith(".py"):
+        file: Path | None = Path(parts[0])
+    else:
+        _make_importable(Path.cwd())
+        try:
+            module = importlib.util.find_spec(parts[0])
+        except ModuleNotFoundError:
+            return None
+        file = Path(module.origin) if module is not None and module.origin is not None else None
+    return file if file is not None and file.is_file() else None
+
+
 def import_file(file: Path, what: str) -> ModuleType:
     """Run a Python file, a path that ends with `.py`, as a module; modules beside it are importable, as for a script.
 

@@ -7,7 +7,7 @@ PyTorch -> export -> model.onnx -> calibrate -> calibration.npz -> quantize -> I
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -24,12 +24,13 @@ from trt_int8 import accuracy as accuracy_stage
 from trt_int8.benchmarking import time_side_by_side
 from trt_int8.caches import tensorrt_cache
 from trt_int8.calibration import calibrate
-from trt_int8.config import Method, RunConfig
-from trt_int8.data import BatchSource, open_data
+from trt_int8.config import Method, RunConfig, load_config
+from trt_int8.entry_points import source_file
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
 from trt_int8.quantization import QuantizeResult, convert_fp16, quantize
 from trt_int8.report import render_report
+from trt_int8.run_data import RunData, Use
 from trt_int8.run_folder import RunFolder, write_json
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Pipeline:
     """Runs the stages of a configuration into one folder.
 
     Args:
-        config: the configuration.
+        config: the configuration, or the YAML file that holds it.
         output: the folder; the configuration's own where None.
         resume: keep the stages of an earlier, interrupted run whose inputs and files are unchanged.
         track: shows the progress of a stage.
@@ -86,18 +87,19 @@ class Pipeline:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: RunConfig | str | os.PathLike[str],
         *,
-        output: Path | None = None,
+        output: str | os.PathLike[str] | None = None,
         resume: bool = False,
         track: Track = untracked,
         announce: Callable[[str], None] | None = None,
     ) -> None:
-        self.config = config
-        self.folder = Path(output or config.output or "runs/run")
+        self.config = config if isinstance(config, RunConfig) else load_config(config)
+        self.folder = Path(output or self.config.output or "runs/run")
         self._resume = resume
         self._track = track
         self._announce = announce or (lambda text: None)
+        self._data = RunData(self.config)
 
     def run(self) -> RunResult:
         """Run every stage and write the report.
@@ -114,6 +116,7 @@ class Pipeline:
             resume=self._resume,
         )
         model = self._export(run)
+        self._check_data(run)
         calibration = self._calibrate(run, model)
         self._quantize(run, model, calibration)
         self._benchmark(run)
@@ -137,7 +140,10 @@ class Pipeline:
     def _export(self, run: RunFolder) -> str:
         self._announce("export")
         config = self.config.model
-        key = {"model": config.model_dump(mode="json"), "files": _file_hashes(config.source, config.checkpoint)}
+        key = {
+            "model": config.model_dump(mode="json"),
+            "files": _file_hashes(config.source, source_file(config.source), config.checkpoint),
+        }
 
         def export() -> None:
             data = self.config.data
@@ -161,7 +167,6 @@ class Pipeline:
             "model": model,
             "data": data.model_dump(mode="json"),
             "calibrate": config.model_dump(mode="json"),
-            "files": _file_hashes(data.calibration),
         }
 
         def collect() -> Calibration:
@@ -179,7 +184,13 @@ class Pipeline:
             calibration.save(run.file(CALIBRATION))
             return calibration
 
-        return run.stage("calibrate", key, [CALIBRATION], collect, lambda: Calibration.load(run.file(CALIBRATION)))
+        return run.stage(
+            "calibrate",
+            self._data.identified(key, "calibration"),
+            [CALIBRATION],
+            collect,
+            lambda: Calibration.load(run.file(CALIBRATION)),
+        )
 
     def _quantize(self, run: RunFolder, model: str, calibration: Calibration) -> None:
         self._announce("quantize")
@@ -190,7 +201,6 @@ class Pipeline:
             "calibration": sha256_of_file(run.file(CALIBRATION)),
             "quantize": config.model_dump(mode="json"),
             "data": data.model_dump(mode="json"),
-            "files": _file_hashes(self._held_back()),
         }
 
         def write() -> None:
@@ -206,8 +216,8 @@ class Pipeline:
                     target=variant.target,
                     residual=config.residual,
                     exclude=config.exclude,
-                    data=self._held_back() if variant.method == "auto" else None,
-                    preprocessing=data.preprocessing_for(self._held_back()),
+                    data=self._data.held_back if variant.method == "auto" else None,
+                    preprocessing=data.preprocessing_for(self._data.held_back),
                     auto=auto,
                     track=self._track,
                 )
@@ -228,7 +238,8 @@ class Pipeline:
                 },
             )
 
-        run.stage("quantize", key, files, write, lambda: None)
+        chosen_by: tuple[Use, ...] = ("held_back",) if "auto" in config.methods else ()
+        run.stage("quantize", self._data.identified(key, *chosen_by), files, write, lambda: None)
 
     def _benchmark(self, run: RunFolder) -> None:
         self._announce("benchmark")
@@ -244,7 +255,7 @@ class Pipeline:
                 OnnxRuntimeRunner(run.file(file), name=name, threads=config.threads)
                 for name, file in [("FP32", MODEL), *self._fp16(), *((item.name, item.file) for item in delivered)]
             ]
-            source = self._evaluation(runners[0], batch_size=self.config.data.batch_size)
+            source = self._data.open_evaluation(runners[0].inputs, batch_size=self.config.data.batch_size)
             result = time_side_by_side(
                 runners,
                 [batch.feeds for batch in islice(source, BENCHMARK_BATCHES)],
@@ -268,7 +279,9 @@ class Pipeline:
                 OnnxRuntimeRunner(run.file(file), name=name, threads=threads)
                 for name, file in [*self._fp16(), *((item.name, item.file) for item in self.variants)]
             ]
-            source = self._evaluation(reference, batch_size=config.batch_size or self.config.data.batch_size)
+            source = self._data.open_evaluation(
+                reference.inputs, batch_size=config.batch_size or self.config.data.batch_size
+            )
             result = accuracy_stage.compare(
                 reference,
                 candidates,
@@ -299,40 +312,24 @@ class Pipeline:
     def _fp16(self) -> list[tuple[str, str]]:
         return [("FP16", FP16)] if self.config.quantize.fp16 else []
 
-    def _held_back(self) -> str:
-        """Name the data that `auto` chooses by: never those that accuracy is reported on."""
-        return self.config.data.held_back or self.config.data.calibration
-
-    def _judging_data(self) -> str:
-        return self.config.data.evaluation or self.config.data.calibration
-
-    def _evaluation(self, runner: OnnxRuntimeRunner, *, batch_size: int | None) -> BatchSource:
-        data = self.config.data
-        spec = self._judging_data()
-        limit = self.config.accuracy.max_samples
-        return open_data(
-            spec,
-            runner.inputs,
-            batch_size=batch_size,
-            max_batches=None if limit is None else max(1, limit // (batch_size or 1)),
-            preprocessing=data.preprocessing_for(spec),
-            data_id=data.data_id,
-            label=data.labels,
-        )
-
-    def _measured(self, run: RunFolder) -> dict[str, Any]:
+    def _measured(self, run: RunFolder) -> dict[str, Any] | None:
         """Return the key of a measurement: the models, the data and how they are measured."""
-        quantization = json.loads(run.file("quantization.json").read_text())
-        return {
-            "models": {
-                file: sha256_of_file(run.file(file))
-                for file in [MODEL, *(model["file"] for model in quantization["models"])]
-            },
+        files = [MODEL, *(file for _, file in self._fp16()), *(variant.file for variant in self.variants)]
+        key = {
+            "models": {file: sha256_of_file(run.file(file)) for file in files},
             "config": self.config.resolved(),
-            "files": _file_hashes(self._judging_data()),
         }
+        return self._data.identified(key, "evaluation")
+
+    def _check_data(self, run: RunFolder) -> None:
+        unknown = self._data.check(OnnxRuntimeRunner(run.file(MODEL), name=MODEL))
+        if self._resume and unknown:
+            self._announce(
+                f"what was made from {' and '.join(unknown)} is made again: data from code may have changed; "
+                "data.data_id would name them"
+            )
 
 
 def _file_hashes(*specs: str | Path | None) -> dict[str, str]:
-    """Hash those of `specs` that are files; folders and entry points have no cheap identity."""
+    """Hash those of `specs` that are files. Of a factory's code that is its module, not what that imports."""
     return {str(spec): sha256_of_file(spec) for spec in specs if spec is not None and Path(spec).is_file()}

@@ -21,6 +21,7 @@ from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import FULL_WEIGHT_RANGE, QuantizedModel, insert_qdq
 from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
+from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
 from trt_int8.machine import saturates_unsigned_products
@@ -131,6 +132,8 @@ def quantize(
         CalibrationError: the calibration belongs to another model, or lacks a scale.
         ModelError: an expression of `exclude` matches nothing.
     """
+    check_choice("target", target, Target)
+    check_choice("residual", residual, Residual)
     prepared = prepare(model)
     if not force:
         check_fits(calibration, prepared)

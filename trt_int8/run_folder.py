@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,9 @@ class RunFolder:
                 f"Cannot write a run to {str(path)!r}: {strangers[0]!r} is there already and no {MANIFEST} says "
                 "that a run wrote it. Name another folder with --output."
             )
-        self._before: dict[str, Any] = (before or {}).get("stages", {})
+        # Another version may compute or write otherwise, so none of its stages is kept.
+        same_tool = before is not None and before.get("tool") == __version__
+        self._before: dict[str, Any] = before["stages"] if before is not None and same_tool else {}
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "tool": __version__,
@@ -73,8 +76,9 @@ class RunFolder:
             "stages": {},
             "files": {},
         }
-        for part in path.glob(".*.part*") if path.is_dir() else ():
-            part.unlink()
+        if path.is_dir():
+            for part in chain(path.glob(".*.part*"), path.glob("*/.*.part*") if before is not None else ()):
+                part.unlink()
 
     def file(self, name: str) -> Path:
         """Return the path of a file of the run."""
@@ -83,7 +87,7 @@ class RunFolder:
     def stage(
         self,
         name: str,
-        key: Mapping[str, Any],
+        key: Mapping[str, Any] | None,
         files: Sequence[str],
         action: Callable[[], Result],
         restore: Callable[[], Result],
@@ -92,14 +96,16 @@ class RunFolder:
 
         Args:
             name: the stage.
-            key: everything that its result depends on, as plain JSON data.
+            key: everything that its result depends on, as plain JSON data; None where something of it cannot be told
+                apart from another, so that the result is never kept.
             files: the files that it writes, relative to the folder.
             action: runs the stage.
             restore: reads the result back from the files.
         """
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        done = self._before.get(name)
-        if self._resume and done is not None and done["key"] == digest and self._unchanged(done["files"], files):
+        digest = None if key is None else _digest(key)
+        done: dict[str, Any] = self._before.get(name, {})
+        same = digest is not None and done.get("key") == digest
+        if self._resume and same and self._unchanged(done["files"], files):
             _log.info("%s: kept from the run before", name)
             result = restore()
             seconds = float(done["seconds"])
@@ -107,6 +113,8 @@ class RunFolder:
             start = time.monotonic()
             result = action()
             seconds = time.monotonic() - start
+            for file in set(done.get("files", ())) - set(files):
+                self.file(file).unlink(missing_ok=True)
         entries = {file: self._entry(file) for file in files if self.file(file).is_file()}
         self._manifest["stages"][name] = {
             "key": digest,
@@ -129,6 +137,10 @@ class RunFolder:
     def _entry(self, name: str) -> dict[str, Any]:
         path = self.file(name)
         return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

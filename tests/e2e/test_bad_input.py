@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -203,6 +204,68 @@ def test_labels_that_are_not_there(refused: Refused, tiny_model: Path, good: Pat
 
     assert "'classes'" in line
     assert "label" in line
+
+
+def test_output_that_is_read(refused: Refused, tiny_model: Path, good: Path, tmp_path: Path):
+    """No stage writes over its own model, data or calibration."""
+    words = [tiny_model, "--data", good, "--output"]
+    content = tiny_model.read_bytes(), good.read_bytes()
+
+    assert "it is read as well" in refused(["calibrate", *words, good])
+    assert main([str(word) for word in calibrate(tiny_model, good, tmp_path)]) == 0
+    quantized = ["quantize", tiny_model, "--calibration", tmp_path / "c.npz", "--output"]
+    assert "it is read as well" in refused([*quantized, tiny_model])
+    assert "it is read as well" in refused([*quantized, tmp_path / "c.npz"])
+    assert "it is read as well" in refused(["export", tiny_model, "--output", tiny_model])
+    assert "it is read as well" in refused(["cache", "export", tmp_path / "c.npz", "--output", tmp_path / "c.npz"])
+    assert "it is read as well" in refused(["bench", tiny_model, "--json", tiny_model])
+    assert "it is read as well" in refused(["compare", tiny_model, tiny_model, "--data", good, "--json", good])
+    assert (tiny_model.read_bytes(), good.read_bytes()) == content
+
+
+def test_runtime_that_fails_says_it_once(
+    graph_builder: Any, refused: Refused, data: Callable[..., Path], tmp_path: Path
+):
+    """Where ONNX Runtime fails on a batch, its own log does not stand beside the one line."""
+    graph = graph_builder()
+    rows = graph.node("Gather", [graph.normal((5, 4)), graph.input("ids", ("N",), TensorProto.INT64)])
+    graph.node("MatMul", [rows, graph.normal((4, 2))], "y")
+    path = graph.save(tmp_path / "m.onnx", ["y"])
+    line = refused(calibrate(path, data(ids=[1, 9, 2]), tmp_path))
+
+    assert "batch 1" in line
+    assert "out of data bounds" in line
+
+
+def test_labels_for_a_model_that_does_not_classify(
+    graph_builder: Any, data: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """A regression model with labels is refused before anything slow: the outputs are named."""
+    graph = graph_builder()
+    graph.node("MatMul", [graph.input("x", ("N", 4)), graph.normal((4, 1))], "y")
+    graph.save(tmp_path / "m.onnx", [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 1])])
+    found = data(x=images(6, 4), label=np.zeros(6))
+    config = {**CONFIG, "data": {"calibration": "data.npz", "labels": "label"}, "output": "out"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+
+    assert main(["run", str(tmp_path / "config.yaml")]) == 1
+    assert "the outputs of model.onnx are y: float32 (N, 1)" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "calibration.npz").exists()
+    assert main(["compare", *[str(tmp_path / "m.onnx")] * 2, "--data", str(found), "--labels", "label"]) == 1
+    assert "the outputs of m.onnx" in capfd.readouterr().err.replace(str(tmp_path / "m.onnx"), "m.onnx")
+
+
+def test_evaluation_data_of_another_shape(
+    tiny_model: Path, good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Evaluation data that do not fit are refused before the calibration."""
+    np.savez(tmp_path / "other.npz", input=images(4, 3, 9, 9))
+    config = {"model": {"source": str(tiny_model)}, "data": {"calibration": str(good), "evaluation": "other.npz"}}
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, "output": "out"}))
+
+    assert main(["run", str(tmp_path / "config.yaml")]) == 1
+    assert "other.npz" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "calibration.npz").exists()
 
 
 def test_tensorrt_without_calibrators(refused: Refused, tiny_model: Path, good: Path, tmp_path: Path):

@@ -174,6 +174,63 @@ def test_resume_makes_a_damaged_file_again(project: Path, finished: Path):
     assert (finished / "model.int8.onnx").read_bytes() == original
 
 
+def resumed(project: Path, *settings: str) -> int:
+    """Run, or go on with, a short run in the folder `changing`."""
+    words = ["--set", "quantize.methods=[minmax]", "--set", "quantize.method=minmax", "--set", "data.labels=null"]
+    for setting in settings:
+        words += ["--set", setting]
+    return main(["run", str(project / "config.yaml"), *words, "--output", str(project / "changing"), "--resume"])
+
+
+def test_resume_sees_changed_code_and_data(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """With --resume a model whose code changed is exported again, and data whose files changed are read again."""
+    batches = tmp_path / "batches"
+    batches.mkdir()
+    images = np.load(project / "data.npz")["image"]
+    for index in range(3):
+        np.save(batches / f"{index}.npy", images[index : index + 1])
+    (tmp_path / "changing_net.py").write_text(MODEL)
+    settings = [f"model.source={tmp_path}/changing_net.py:net", f"data.calibration={batches}"]
+    model, calibration = project / "changing" / "model.onnx", project / "changing" / "calibration.npz"
+
+    assert resumed(project, *settings) == 0
+    first = model.read_bytes(), calibration.read_bytes()
+    np.save(batches / "1.npy", images[1:2] * 2)
+    assert resumed(project, *settings) == 0
+    second = model.read_bytes(), calibration.read_bytes()
+    assert second[0] == first[0]
+    assert second[1] != first[1]
+    (tmp_path / "changing_net.py").write_text(MODEL.replace("manual_seed(3)", "manual_seed(4)"))
+    assert resumed(project, *settings) == 0
+    assert model.read_bytes() != first[0]
+
+
+def test_resume_trusts_code_only_with_an_identity(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A calibration from a callable is kept with data_id; without one it is made again, and the line says why."""
+    (tmp_path / "feed.py").write_text(
+        "import numpy as np\n"
+        "def batches():\n"
+        "    with open(__file__ + '.count', 'a') as count:\n"
+        "        count.write('.')\n"
+        "    yield {'image': np.ones((1, 2, 12, 12), np.float32)}\n"
+    )
+    count = tmp_path / "feed.py.count"
+    settings = [f"data.calibration={tmp_path}/feed.py:batches"]
+
+    assert resumed(project, *settings) == 0
+    before = len(count.read_text())
+    capfd.readouterr()
+    assert resumed(project, *settings) == 0
+    assert len(count.read_text()) > before
+    assert "data.data_id" in capfd.readouterr().err
+    settings.append("data.data_id=ones")
+    assert resumed(project, *settings) == 0
+    before = len(count.read_text())
+    assert resumed(project, *settings) == 0
+    assert len(count.read_text()) == before
+    assert "data.data_id" not in capfd.readouterr().err
+
+
 def test_interrupted_run_goes_on(project: Path, capfd: pytest.CaptureFixture[str]):
     """Ctrl-C during calibration leaves whole files only; --resume goes on behind the finished export."""
     command = [
@@ -222,7 +279,8 @@ def test_stages_one_by_one(project: Path, capfd: pytest.CaptureFixture[str]):
         assert main([str(word) for word in words]) == 0
         return capfd.readouterr().out
 
-    run("export", f"{project}/net.py:net", "--input", "image:1x2x12x12", *data, "--output", at / "m.onnx")
+    printed = run("export", f"{project}/net.py:net", "--input", "image:1x2x12x12", *data, "--output", at / "m.onnx")
+    assert "output at batch 1: differs from PyTorch by at most" in printed
     run("calibrate", at / "m.onnx", *data, "--output", at / "c.npz")
     run("quantize", at / "m.onnx", "--calibration", at / "c.npz", "--output", at / "q.onnx", "--residual", "float")
     run("bench", at / "m.onnx", at / "q.onnx", "--rounds", "5", "--seconds", "0.2", "--json", at / "b.json")
@@ -234,6 +292,21 @@ def test_stages_one_by_one(project: Path, capfd: pytest.CaptureFixture[str]):
     assert (at / "k.cache").read_text().startswith("TRT-101601-EntropyCalibration2\nimage: ")
     assert "image" in run("cache", "show", at / "c.npz")
     assert "scale" in run("cache", "show", at / "k.cache")
+
+
+def test_models_of_one_file_name_are_told_apart(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Two files called model.onnx stand in the tables under their whole paths."""
+    copy = tmp_path / "model.onnx"
+    copy.write_bytes((finished / "model.onnx").read_bytes())
+    models = [str(finished / "model.onnx"), str(copy)]
+
+    assert main(["bench", *models, "--rounds", "5", "--seconds", "0.2", "--json", str(tmp_path / "b.json")]) == 0
+    data = ["--data", str(finished.parent / "data.npz")]
+    assert main(["compare", *models, *data, "--json", str(tmp_path / "a.json")]) == 0
+    accuracy = read(tmp_path / "a.json")
+
+    assert [row["name"] for row in read(tmp_path / "b.json")["candidates"]] == models
+    assert [accuracy["reference"], accuracy["candidates"][0]["name"]] == models
 
 
 def test_python_api_gives_the_same_scales(project: Path, finished: Path):

@@ -232,3 +232,16 @@ def test_constants_are_no_activations(tiny_model: Path) -> None:
     weights = {tensor.name for tensor in onnx.load(tiny_model).graph.initializer}
 
     assert not weights & set(tensors_to_calibrate(prepare(tiny_model), "all"))
+
+
+def test_quantized_model_is_said_to_be_one(graph_builder: Any, tmp_path: Path) -> None:
+    """A model whose weights are INT8 already is answered with the FP32 model that is wanted."""
+    graph = graph_builder()
+    scale, zero = graph.constant(np.float32(0.1)), graph.constant(np.int8(0))
+    x = graph.node("DequantizeLinear", [graph.node("QuantizeLinear", [graph.input("x", ("N", 4)), scale, zero]), scale])
+    weights = graph.node("DequantizeLinear", [graph.constant(np.ones((4, 2), np.int8)), scale])
+    graph.node("MatMul", [x, weights], "y")
+    prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+
+    with pytest.raises(CalibrationError, match="is quantized already"):
+        tensors_to_calibrate(prepared)

@@ -85,7 +85,7 @@ class TestRefusals:
             ({"benchmark": {"rounds": "ten"}}, r"benchmark\.rounds is 'ten', expected a whole number\.$"),
             ({"benchmark": {"rounds": 2.5}}, r"benchmark\.rounds is 2\.5, expected a whole number"),
             ({"benchmark": {"rounds": True}}, r"benchmark\.rounds is True, expected a whole number"),
-            ({"benchmark": {"rounds": 0}}, r"benchmark\.rounds is 0, expected at least 1"),
+            ({"benchmark": {"rounds": 0}}, r"benchmark\.rounds is 0, expected at least 5"),
             ({"benchmark": {"budget_s": 0}}, r"benchmark\.budget_s is 0, expected more than 0"),
             ({"benchmark": {"budget_s": True}}, r"benchmark\.budget_s is True, expected a number"),
             ({"benchmark": 5}, r"benchmark is 5, expected a mapping"),
@@ -96,6 +96,14 @@ class TestRefusals:
             ({"quantize": {"methods": "minmax"}}, r"quantize\.methods is 'minmax', expected a list"),
             ({"quantize": {"precision": "int8+fp16"}}, r"quantize\.precision is 'int8\+fp16', expected 'int8'"),
             ({"quantize": {"exclude": ["("]}}, r"quantize: exclude holds '\(', which is no regular expression: "),
+            (
+                {"quantize": {"methods": ["entropy", "mse", "mse"]}},
+                r"quantize: methods is \['entropy', 'mse', 'mse'\], expected each only once",
+            ),
+            (
+                {"quantize": {"targets": ["cpu", "cpu"]}},
+                r"quantize: targets is \['cpu', 'cpu'\], expected each only once",
+            ),
             (
                 {"quantize": {"methods": ["minmax"]}},
                 r"quantize: method is 'entropy', expected one of methods: minmax",

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_int8.entry_points import import_entry_point, split_entry_point
+from trt_int8.entry_points import import_entry_point, source_file, split_entry_point
 from trt_int8.errors import ConfigError
 
 
@@ -79,3 +79,19 @@ def test_spec_of_another_form_is_refused() -> None:
     """A text without a colon is not imported."""
     with pytest.raises(ConfigError, match=r"'factory' is neither package\.module:name nor path/to/file\.py:name"):
         import_entry_point("factory", "the model")
+
+
+def test_source_file_is_found_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file behind an entry point is found by path and by module name, and its code is not run."""
+    file = tmp_path / "never_run.py"
+    file.write_text("raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+
+    assert source_file(f"{file}:net") == file
+    assert source_file("never_run:net") == file
+
+
+@pytest.mark.parametrize("spec", ["model.onnx", "gone.py:net", "no_such_module:net", "no_such.module:net", "sys:net"])
+def test_source_file_is_none_where_there_is_none(spec: str) -> None:
+    """A plain path, a module that is not there and a built-in one have no source file."""
+    assert source_file(spec) is None

@@ -63,6 +63,51 @@ def test_resume(tmp_path: Path, resume: bool, key: dict, damage: bool, runs: int
     assert result == ("restored" if runs == 1 else "hello")
 
 
+def test_stage_without_a_key_is_never_kept(tmp_path: Path):
+    """A result that depends on something unknown is made again."""
+    calls: list[str] = []
+    for resume in (False, True):
+        run = folder(tmp_path, resume=resume)
+        run.stage("one", None, ["a.txt"], writer(run, "hello", calls), lambda: "restored")
+
+    assert calls == ["hello", "hello"]
+
+
+def test_stages_of_another_version_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another version of the program may compute otherwise: its stages are made again."""
+    calls: list[str] = []
+    first = folder(tmp_path)
+    first.stage("one", {"in": 1}, ["a.txt"], writer(first, "hello", calls), lambda: "restored")
+    monkeypatch.setattr("trt_int8.run_folder.__version__", "999")
+    second = folder(tmp_path, resume=True)
+    second.stage("one", {"in": 1}, ["a.txt"], writer(second, "hello", calls), lambda: "restored")
+
+    assert calls == ["hello", "hello"]
+
+
+def test_files_that_a_stage_no_longer_writes_are_removed(tmp_path: Path):
+    """A stage that runs again with fewer files takes the others away; files of other stages and strangers stay."""
+    first = folder(tmp_path)
+    (tmp_path / "b.txt").write_text("old")
+    first.stage("one", {"in": 1}, ["a.txt", "b.txt"], writer(first, "hello", []), lambda: "")
+    (tmp_path / "mine.txt").write_text("mine")
+    second = folder(tmp_path)
+    second.stage("one", {"in": 1}, ["a.txt"], writer(second, "hello", []), lambda: "")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", MANIFEST, "mine.txt"]
+
+
+def test_leftovers_below_a_run_are_removed(tmp_path: Path):
+    """In a folder that a run wrote, temporary files of its subfolders go as well."""
+    run = folder(tmp_path)
+    run.stage("one", {}, ["a.txt"], writer(run, "hello", []), lambda: "")
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / ".mse.abc.part.onnx").write_text("half")
+    folder(tmp_path)
+
+    assert list((tmp_path / "methods").iterdir()) == []
+
+
 def test_strange_files_are_not_replaced(tmp_path: Path):
     """A file that the run would write and no manifest claims is refused; other files are no matter."""
     (tmp_path / "b.txt").write_text("other")
