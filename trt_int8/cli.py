@@ -27,6 +27,7 @@ app = typer.Typer(
     help="PyTorch models to measured, explained INT8 and FP16 models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -83,7 +84,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder of the run.")] = Path("runs/demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the stages that are done.")] = False,
 ) -> None:
-    """Run the whole pipeline on scikit-learn's handwritten digits: no download, no GPU."""
+    """Run all stages on scikit-learn's handwritten digits."""
     from trt_int8.demo.configuration import demo_config
     from trt_int8.progress import track
 
@@ -98,7 +99,7 @@ def run(
     backend: Annotated[BackendName, typer.Option("--backend", help="What runs the models.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep the stages that are done.")] = False,
 ) -> None:
-    """Export, calibrate, quantize, measure and report, as a configuration says."""
+    """Run all stages on the model that a configuration names."""
     from trt_int8.config import load_config
 
     settings = load_config(config, set_ or [])
@@ -142,7 +143,7 @@ def export(
     data: OptionalData = None,
     preprocessing: PreprocessingOption = None,
 ) -> None:
-    """Export a PyTorch model to ONNX and check that it computes the same."""
+    """Export a PyTorch model to ONNX and check the outputs."""
     from trt_int8.export_options import model_config
     from trt_int8.export_stage import export_configured
     from trt_int8.outputs import check_output
@@ -183,7 +184,7 @@ def calibrate(
     preprocessing: PreprocessingOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Stream batches through an FP32 model once; the result serves every method."""
+    """Stream data through an FP32 model once, for all methods."""
     from trt_int8.calibration import calibrate as stage
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
@@ -309,7 +310,7 @@ def compare(
     save_to: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Save for Polygraphy here.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare models' outputs with a reference's on the same data."""
+    """Compare models' outputs and accuracy on the same data."""
     from trt_int8.api import compare as stage
     from trt_int8.console import accuracy_table, console
     from trt_int8.outputs import check_output
@@ -345,7 +346,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has, and what INT8 and FP16 can gain on it."""
+    """Say what INT8 and FP16 can gain on this machine."""
     from trt_int8.console import console
     from trt_int8.doctor import diagnose, render
 

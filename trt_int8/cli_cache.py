@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-cache = typer.Typer(help="Look at calibrations and write TensorRT's calibration cache.", no_args_is_help=True)
+cache = typer.Typer(help="Show calibrations, write TensorRT's calibration cache.", no_args_is_help=True)
 
 
 @cache.command()
