@@ -367,10 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except TrtInt8Error as error:
-        from trt_int8.errors import GateMissedError
+        from trt_int8.errors import GateMissedError, UsageError
 
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        return 3 if isinstance(error, GateMissedError) else 1
+        return 2 if isinstance(error, UsageError) else 3 if isinstance(error, GateMissedError) else 1
     return 0
 
 

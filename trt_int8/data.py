@@ -27,7 +27,7 @@ from calibrators.protocols import Array
 from engines.runner import TensorSpec
 from trt_int8 import loaders, tables
 from trt_int8.entry_points import split_entry_point
-from trt_int8.errors import ConfigError, DataError, FileAccessError
+from trt_int8.errors import ConfigError, DataError, FileAccessError, UsageError
 from trt_int8.feeds import Feeds, conform, fixed_batch
 from trt_int8.images import Preprocessing, find_images, image_stream
 from trt_int8.streams import BatchStream, DataOptions
@@ -214,7 +214,7 @@ def open_data(
             tuple) get this one, or `label` where None. Where given, a batch without it is an error.
 
     Raises:
-        ConfigError: an option does not go with this kind of data.
+        ConfigError: an option does not go with this kind of data; UsageError where it is the batch size.
         DataError: the data cannot be used. Files and arrays are checked up to their first batch here.
         FileAccessError: there is no such file.
     """
@@ -230,7 +230,7 @@ def open_data(
     )
     stream = _open(spec, options)
     if batch_size is not None and stream.batch_size is None:
-        raise ConfigError(
+        raise UsageError(
             f"{stream.description} comes in batches already, which are fed as they are; a batch size of {batch_size} "
             "cannot be asked of it. Leave the batch size out."
         )

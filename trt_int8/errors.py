@@ -46,11 +46,16 @@ __all__ = [
     "NonFiniteActivationError",
     "TrtInt8Error",
     "UnsupportedModelError",
+    "UsageError",
 ]
 
 
 class ConfigError(TrtInt8Error):
     """A configuration, a key of it, or a combination of options does not make sense."""
+
+
+class UsageError(ConfigError):
+    """Options that do not go together, or not with what they are given for; the command line exits with status 2."""
 
 
 class DataError(TrtInt8Error):

@@ -276,6 +276,17 @@ def test_tensorrt_without_calibrators(refused: Refused, tiny_model: Path, good: 
     assert "quantize" in line
 
 
+def test_batch_size_of_a_folder(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Files of a folder are fed as they are: asking for a batch size of them is a usage error, status 2."""
+    np.savez(tmp_path / "batch.npz", input=images(4, 3, 8, 8))
+    folder = tmp_path / "batches"
+    folder.mkdir()
+    (tmp_path / "batch.npz").rename(folder / "batch.npz")
+
+    assert main([*map(str, calibrate(tiny_model, folder, tmp_path)), "--batch-size", "2"]) == 2
+    assert "fed as they are" in capfd.readouterr().err
+
+
 CONFIG = {"model": {"source": "m.onnx"}, "data": {"calibration": "data.npz"}}
 
 
