@@ -223,6 +223,9 @@ def never_negative(value: ir.Value) -> bool:
     if producer.op_type == "Clip":
         low = clip_bounds(producer)[0]
         return low is not None and low >= 0
+    if producer.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"):
+        source = producer.inputs[0]  # the other one holds axes
+        return source is not None and _nonnegative_operand(source)
     if producer.op_type in ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Add"):
         return all(source is not None and _nonnegative_operand(source) for source in producer.inputs)
     return False

@@ -212,13 +212,10 @@ def _notes(
     quantized: QuantizedModel, calibration: Calibration, method: str, auto: AutoChoice | None
 ) -> tuple[str, ...]:
     notes: list[str] = []
-    ranges = quantized.weight_ranges
-    reduced = [node for node, limit in ranges.items() if limit < FULL_WEIGHT_RANGE]
-    if reduced:
+    if min(quantized.weight_ranges.values(), default=FULL_WEIGHT_RANGE) < FULL_WEIGHT_RANGE:
         notes.append(
-            "This processor has neither VNNI nor AMX: its 8-bit products saturate in pairs, so the weights of "
-            f"{len(reduced)} of {len(ranges)} nodes use 7 bits or little more (codes up to {min(ranges.values())} to "
-            f"{max(ranges[node] for node in reduced)} instead of {FULL_WEIGHT_RANGE})."
+            "This processor has neither VNNI nor AMX, and its 8-bit products saturate in pairs: weights use 7 bits "
+            "where activations use all of their codes, and up to 8 where they use fewer."
         )
     if method == "auto" and auto is None:
         notes.append("auto had no held-back data to judge by and took mse; give it some with --data.")

@@ -281,6 +281,18 @@ class TestCodes:
 
         assert points(prepare(graph.save(tmp_path / "m.onnx", ["y"])))["a"].zero_point == zero_point
 
+    @pytest.mark.parametrize(("source", "zero_point"), [("Relu", 0), ("Neg", 128)])
+    @pytest.mark.parametrize("operator", ["ReduceMean", "ReduceMax"])
+    def test_a_reduction_has_the_sign_of_what_it_reduces(
+        self, operator: str, source: str, zero_point: int, graph_builder: Any, tmp_path: Path
+    ) -> None:
+        """A mean over a Relu's output, as PyTorch exports global pooling, is never negative; the axes have no say."""
+        graph = graph_builder()
+        axes = graph.constant(np.array([-1, -2]))
+        graph.conv(graph.node(operator, [graph.node(source, [graph.input()]), axes], "a"), (3, 4), "y", kernel=1)
+
+        assert points(prepare(graph.save(tmp_path / "m.onnx", ["y"])))["a"].zero_point == zero_point
+
     def test_sums_of_relus_are_never_negative_and_sums_with_negative_constants_may_be(
         self, graph_builder: Any, tmp_path: Path
     ) -> None:
