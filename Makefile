@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SIMULATION := $(VENV)/.trtsim
 TESTS ?= tests
 
 .PHONY: demo test lint format clean help
@@ -23,7 +24,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/trt-int8 demo
 
-test: $(READY)
+# NVIDIA's Python bindings over simulated libraries. Where they cannot be had, the tests skip with the reason.
+$(SIMULATION): $(READY) $(wildcard tests/trtsim/*.py tests/trtsim/*.c tests/trtsim/*.cpp)
+	@$(BIN)/python tests/trtsim/provision.py $(VENV)/trtsim && touch $@ || true
+
+test: $(READY) $(SIMULATION)
 	$(BIN)/python -m pytest --cov --cov-report=term $(TESTS)
 
 lint: $(READY)

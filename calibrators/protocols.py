@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,4 +65,59 @@ class ActivationSource(Protocol):
 
     def producer(self, tensor: str) -> str:
         """Name the node that produces `tensor`, or say that it is a model input; for messages."""
+        ...
+
+
+class CalibrationBatch(Protocol):
+    """One batch of calibration data."""
+
+    @property
+    def feeds(self) -> Mapping[str, Array]:
+        """Input name to array."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Number of real samples; rows beyond it are padding."""
+        ...
+
+
+class DeviceBuffers(Protocol):
+    """Device memory for TensorRT's calibrators: one buffer for each name, kept from its first upload until `free`.
+
+    TensorRT reads a batch at the addresses that `upload` returned, from the same thread, right after `get_batch` came
+    back. So an upload is complete when the call returns, and its memory belongs to the device's primary context, which
+    is the one that TensorRT works in.
+    """
+
+    def upload(self, name: str, array: Array) -> int:
+        """Copy `array` to the device.
+
+        The first upload under a name allocates its buffer; a later array that fits is copied to the same address, and
+        a larger one gets a new buffer in place of the old.
+
+        Args:
+            name: of the model input.
+            array: any dtype and shape, C-contiguous; not kept.
+
+        Returns:
+            The buffer's device address.
+
+        Raises:
+            TrtInt8Error: the device has no memory left; says how much was asked for.
+        """
+        ...
+
+    def free(self) -> None:
+        """Give all memory back; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the object itself."""
+        ...
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Call `free`."""
         ...

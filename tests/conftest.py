@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -205,3 +210,32 @@ def run_onnx(
 def run_model() -> Callable[..., dict[str, Any]]:
     """Runs a model in ONNX Runtime, as written unless `optimized`: run_model(model, feeds, fetch=[tensor, ...])."""
     return run_onnx
+
+
+@dataclass(frozen=True)
+class SimulatedTensorRT:
+    """Runs Python where `import tensorrt` finds NVIDIA's bindings over simulated libraries; see tests/trtsim."""
+
+    version: int
+    environment: Mapping[str, str]
+
+    def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run `python ARGUMENTS`; `variables` are further environment variables, such as TRTSIM_FAIL."""
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | self.environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session", params=[10, 11], ids=["tensorrt10", "tensorrt11"])
+def tensorrt_sim(request: pytest.FixtureRequest) -> SimulatedTensorRT:
+    """The simulated TensorRT, 10 and 11 in turn."""
+    provision = runpy.run_path(str(Path(__file__).parent / "trtsim" / "provision.py"))
+    folder = Path(sys.prefix) / "trtsim"
+    reason = provision["unavailable"](folder)
+    if reason is not None:
+        pytest.skip(reason)
+    return SimulatedTensorRT(request.param, provision["environment"](folder, request.param))

@@ -13,6 +13,10 @@ TrtInt8Error                     everything the user can act on; the command lin
 |- ModelError
 |  `- UnsupportedModelError      an operator that cannot be carried out, named
 |- InferenceError                a model could not be run on its data
+|- EngineError
+|  |- EngineBuildError           TensorRT could not build an engine; quotes its log
+|  |- EngineLoadError            a plan file cannot be loaded here, and why
+|  `- DeviceError                no GPU, a CUDA call failed, or out of device memory
 `- MissingDependencyError        an optional package is missing; names the extra
 """
 
@@ -25,6 +29,10 @@ from calibrators.errors import (
     TrtInt8Error,
 )
 from engines.errors import (
+    DeviceError,
+    EngineBuildError,
+    EngineError,
+    EngineLoadError,
     InferenceError,
     MissingDependencyError,
     ModelError,
@@ -36,7 +44,11 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "DataError",
+    "DeviceError",
     "EmptyCalibrationSetError",
+    "EngineBuildError",
+    "EngineError",
+    "EngineLoadError",
     "ExportError",
     "FileAccessError",
     "GateMissedError",

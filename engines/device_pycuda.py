@@ -1,0 +1,149 @@
+"""A `Device` served by pycuda.
+
+The context comes from `pycuda.autoprimaryctx`, which retains the primary one; `pycuda.autoinit` would make a context of
+its own, in which TensorRT's memory is not valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrators.protocols import Array
+from engines.cuda_graph import GraphLaunch, capture_graph
+from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, no_gpu, version_text
+from engines.errors import DeviceError, MissingDependencyError
+from engines.optional import require
+
+
+class PycudaDevice(Device):
+    """See `engines.device.Device`.
+
+    Raises:
+        MissingDependencyError: pycuda is not installed, or was compiled for another CUDA driver.
+        DeviceError: there is no GPU.
+    """
+
+    def __init__(self) -> None:
+        self._driver = require("pycuda.driver", "use the GPU through pycuda")
+        self.library = f"pycuda {require('pycuda', 'use the GPU').VERSION_TEXT}"
+        self._open = False
+        self._memory: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        try:
+            primary = require("pycuda.autoprimaryctx", "use the GPU through pycuda")
+        except (self._driver.Error, RuntimeError) as error:  # RuntimeError: pycuda found no device
+            raise no_gpu(error) from error
+        self._context = None
+        if self._driver.Context.get_current() is None:  # pycuda made it current in the thread of its import alone
+            self._context = primary.context
+            self._context.push()
+        self.name = str(primary.device.name())
+        self.compute_capability = "{}.{}".format(*primary.device.compute_capability())
+        self.cuda_version = version_text(self._driver.get_driver_version())
+        with self._errors():
+            self._stream = self._driver.Stream(NON_BLOCKING)
+        self._open = True
+        self.stream = int(self._stream.handle)
+
+    def memory(self) -> tuple[int, int]:
+        """Return free and total bytes of device memory."""
+        with self._errors():
+            free, total = self._driver.mem_get_info()
+        return int(free), int(total)
+
+    def free(self, address: int) -> None:
+        """Give back memory of `allocate`."""
+        with self._errors():
+            self._memory.pop(address).free()
+
+    def allocate_host(self, nbytes: int) -> NDArray[np.uint8]:
+        """Allocate pinned host memory."""
+        with self._errors():
+            array: NDArray[np.uint8] = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
+        self._pinned[array.ctypes.data] = array.base
+        return array[:nbytes]
+
+    def free_host(self, array: NDArray[np.uint8]) -> None:
+        """Give back memory of `allocate_host`."""
+        with self._errors():
+            self._pinned.pop(array.ctypes.data).free()
+
+    def to_device(self, address: int, array: Array) -> None:
+        """Copy to the device, in the stream's order."""
+        if array.nbytes:
+            with self._errors():
+                self._driver.memcpy_htod_async(address, _octets(array), self._stream)
+
+    def to_host(self, array: Array, address: int) -> None:
+        """Copy to the host, in the stream's order."""
+        if array.nbytes:
+            with self._errors():
+                self._driver.memcpy_dtoh_async(_octets(array), address, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        with self._errors():
+            self._stream.synchronize()
+
+    def record(self, event: Event | None = None) -> Event:
+        """Mark this point of the stream."""
+        with self._errors():
+            mark: Any = event if event is not None else self._driver.Event()
+            mark.record(self._stream)
+        return Event(mark)
+
+    def elapsed_ms(self, start: Event, end: Event) -> float:
+        """Return the milliseconds between two points."""
+        with self._errors():
+            return float(cast("Any", start).time_till(end))
+
+    def capture(self, enqueue: Callable[[], None]) -> GraphLaunch:
+        """Record a CUDA graph; pycuda has none, so cuda-python must be installed too."""
+        try:
+            driver = require("cuda.bindings.driver", "capture a CUDA graph, which pycuda has no call for")
+        except MissingDependencyError as error:
+            raise DeviceError(str(error)) from error
+        return capture_graph(driver, driver.CUstream(self.stream), enqueue)
+
+    def close(self) -> None:
+        """Give everything back."""
+        if not self._open:
+            return
+        self._open = False
+        # After an illegal access every call fails, the releases too: the context is lost, and what broke it was
+        # reported where it was found.
+        with suppress(self._driver.Error):
+            self._stream.synchronize()
+        for memory in (*self._memory.values(), *self._pinned.values()):
+            with suppress(self._driver.Error):
+                memory.free()
+        self._memory.clear()
+        self._pinned.clear()
+        del self._stream
+        if self._context is not None:
+            self._context.pop()
+
+    def _allocate(self, nbytes: int) -> int:
+        with self._errors():
+            memory = self._driver.mem_alloc(nbytes)
+        self._memory[int(memory)] = memory
+        return int(memory)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._driver.MemoryError as error:
+            raise OutOfMemoryError(str(error)) from error
+        except self._driver.Error as error:
+            raise DeviceError(f"CUDA failed: {error}") from error
+
+
+def _octets(array: Array) -> NDArray[np.uint8]:
+    """View an array as bytes: the buffer protocol, by which pycuda takes arrays, knows not every dtype."""
+    return array.reshape(-1).view(np.uint8)

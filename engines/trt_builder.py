@@ -1,0 +1,308 @@
+"""Typed ONNX models to TensorRT engines.
+
+There is one path for TensorRT 10 and 11: the model's own types are the engine's types (a strongly typed network), so an
+FP32 model gives an FP32 engine, an FP16 model an FP16 one, and Q/DQ nodes give INT8. The other path, INT8 by TensorRT's
+calibrators ("implicit"), exists up to TensorRT 10.
+
+Names that one of the releases does not have are never touched there, and no value of TensorRT's enumerations is
+written down: the releases number them differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from calibrators.files import atomic_path, write_bytes
+from calibrators.protocols import Track, untracked
+from calibrators.tensorrt import ImplicitCalibrator
+from engines.device import Device, open_device
+from engines.errors import EngineBuildError
+from engines.onnxrt import load_header, tensor_specs
+from engines.opset import opset_of
+from engines.optional import require
+from engines.profiles import Profile, ShapeRange, check_profiles
+from engines.runner import TensorSpec
+from engines.sidecar import Environment, Provenance, Sidecar, sha256_of_model, write_sidecar
+from engines.size import external_files
+from engines.trt_log import LogLines, tensorrt_log
+from engines.trt_options import BuildOptions
+from engines.trt_progress import progress_monitor
+from engines.trt_types import check_types, network_specs
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine that was built.
+
+    Attributes:
+        path: the plan file; its sidecar lies beside it.
+        sidecar: what is known about it.
+        seconds: how long TensorRT built.
+        notes: what a user should know, one line each: TensorRT's warnings, and those of the calibrator.
+    """
+
+    path: Path
+    sidecar: Sidecar
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"file": self.path.name, "notes": list(self.notes), **self.sidecar.to_json()}
+
+
+def build_engine(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: BuildOptions | None = None,
+    *,
+    calibrator: ImplicitCalibrator | None = None,
+    calibration_shapes: Mapping[str, Sequence[int]] | None = None,
+    calibration: Provenance | None = None,
+    device: Device | None = None,
+    track: Track = untracked,
+) -> BuiltEngine:
+    """Build a TensorRT engine and write its plan file and sidecar.
+
+    Args:
+        model: an ONNX file whose types are those of `options.precision`; with a calibrator, an FP32 file.
+        output: the plan file to write: NAME.engine.
+        options: how to build.
+        calibrator: builds with implicit INT8 (TensorRT 10 and older): "int8", or "int8+fp16" where TensorRT may take
+            either for each layer.
+        calibration_shapes: shape of each dynamic input in the calibrator's batches; the first profile's optimum where
+            None.
+        calibration: where the scales come from, for the sidecar.
+        device: the GPU; opened for the build where None.
+        track: shows the progress. With a calibrator, its own progress is shown in place of the builder's.
+
+    Raises:
+        FileAccessError: the model is missing, or the output cannot be written.
+        ModelError: the model is no ONNX file.
+        MissingDependencyError: TensorRT, or a package for the GPU, is not installed.
+        EngineBuildError: the model's types or shapes do not fit the options, or TensorRT refused; quotes its log.
+        DeviceError: there is no GPU.
+        Exception: whatever the calibrator's data raised.
+    """
+    options = options or BuildOptions()
+    file, target = Path(model), Path(output)
+    header = load_header(file)
+    inputs, _ = tensor_specs(header)
+    check_types(file, header, options.precision, implicit=calibrator is not None)
+    check_profiles(repr(str(file)), inputs, options.profiles)
+    trt = require("tensorrt", "build a TensorRT engine")
+    with ExitStack() as stack:
+        gpu = device or stack.enter_context(open_device())
+        build = _Build(trt, gpu, file, header, options)
+        log = stack.enter_context(tensorrt_log(trt).listen())
+        plan, seconds = build.run(log, calibrator, calibration_shapes, track)
+        notes = (*build.notes, *log.warnings, *(calibrator.notes if calibrator is not None else ()))
+        sidecar = Sidecar(
+            plan_bytes=plan.nbytes,
+            plan_sha256=hashlib.sha256(plan).hexdigest(),
+            environment=Environment.of(trt, gpu),
+            precision=options.precision,
+            inputs=build.inputs,
+            outputs=build.outputs,
+            profiles=tuple(
+                {name: (shapes.minimum, shapes.optimum, shapes.maximum) for name, shapes in profile.items()}
+                for profile in options.profiles
+            ),
+            model=file.name,
+            model_sha256=sha256_of_model([file, *(file.parent / name for name in external_files(header))]),
+            calibration=calibration,
+            options=options.to_json() | {"implicit": calibrator is not None},
+            build_seconds=seconds,
+            warnings=notes,
+        )
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(memoryview(plan))
+        write_sidecar(target, sidecar)
+    return BuiltEngine(target, sidecar, seconds, notes)
+
+
+def has_calibrators(trt: Any) -> bool:
+    """Tell whether this TensorRT release has INT8 calibrators: 10 and older do."""
+    return hasattr(trt, "IInt8Calibrator")
+
+
+class _Build:
+    """One build: the objects that TensorRT needs alive together, and the steps in their order."""
+
+    def __init__(self, trt: Any, device: Device, file: Path, header: onnx.ModelProto, options: BuildOptions) -> None:
+        self._trt = trt
+        self._device = device
+        self._file = file
+        self._header = header
+        self._options = options
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self.notes: list[str] = []
+
+    def run(
+        self,
+        log: LogLines,
+        calibrator: ImplicitCalibrator | None,
+        calibration_shapes: Mapping[str, Sequence[int]] | None,
+        track: Track,
+    ) -> tuple[Any, float]:
+        """Return the plan (a buffer) and the seconds that it took."""
+        trt = self._trt
+        if calibrator is not None and not has_calibrators(trt):
+            raise EngineBuildError(
+                f"Cannot build {str(self._file)!r} with a calibrator: TensorRT {trt.__version__} has none, they were "
+                "removed in TensorRT 11; expected 10 or older. Run `trt-int8 quantize` and build its result without "
+                "--implicit."
+            )
+        try:
+            builder = trt.Builder(tensorrt_log(trt).logger)
+        except TypeError as error:  # the bindings' word for "TensorRT returned nothing"
+            raise self._failed("cannot start", log, "Check the driver with `trt-int8 doctor`.") from error
+        network = builder.create_network(0 if calibrator is not None else _strongly_typed(trt))
+        self._parse(network, log)
+        header_inputs, header_outputs = tensor_specs(self._header)
+        self.inputs = network_specs(trt, [network.get_input(i) for i in range(network.num_inputs)], header_inputs)
+        self.outputs = network_specs(trt, [network.get_output(i) for i in range(network.num_outputs)], header_outputs)
+        check_profiles(repr(str(self._file)), self.inputs, self._options.profiles)
+        config = self._config(builder, log)
+        if calibrator is not None:
+            self._calibrate_with(builder, config, calibrator, calibration_shapes)
+        cache = self._attach_timing_cache(config)
+
+        def stop() -> bool:
+            return log.interrupted or (calibrator is not None and calibrator.error is not None)
+
+        name = f"build {self._options.precision}"
+        monitor = progress_monitor(trt, name, untracked if calibrator is not None else track, stop)
+        config.progress_monitor = monitor
+        start = time.perf_counter()
+        plan = builder.build_serialized_network(network, config)
+        seconds = time.perf_counter() - start
+        monitor.finish()
+        if calibrator is not None:
+            calibrator.raise_error()
+        if log.interrupted:
+            raise KeyboardInterrupt
+        if monitor.error is not None:
+            raise monitor.error
+        if plan is None:
+            raise self._failed("cannot build", log, _advice(log))
+        if cache is not None:
+            write_bytes(cache, bytes(config.get_timing_cache().serialize()))
+        return plan, seconds
+
+    def _parse(self, network: Any, log: LogLines) -> None:
+        parser = self._trt.OnnxParser(network, tensorrt_log(self._trt).logger)
+        if parser.parse_from_file(os.fspath(self._file)):
+            return
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        problems = list(dict.fromkeys(_parser_problem(error) for error in errors))
+        text = "; ".join(problems[:3]) or log.quote()
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        opset = opset_of(self._header, self._file)
+        raise EngineBuildError(
+            f"TensorRT {self._trt.__version__} cannot take {str(self._file)!r} (opset {opset}): "
+            f"{text}{more}. Export the model without these operators, or with another opset.",
+            log_lines=log.texts,
+        )
+
+    def _config(self, builder: Any, log: LogLines) -> Any:
+        trt, options = self._trt, self._options
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector knows nothing but names
+        # TF32 is on by default, and an "FP32" measured with it is none.
+        if options.precision == "tf32":
+            config.set_flag(trt.BuilderFlag.TF32)
+        else:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
+        if level is None:
+            raise EngineBuildError(
+                f"TensorRT {trt.__version__} has no hardware compatibility {options.hardware_compatibility!r}; "
+                f"it has {', '.join(name.lower() for name in trt.HardwareCompatibilityLevel.__members__)}."
+            )
+        config.hardware_compatibility_level = level
+        for profile in options.profiles:
+            if config.add_optimization_profile(self._profile(builder, profile)) < 0:
+                raise self._failed("cannot use the optimization profile for", log, "Check its shapes.")
+        return config
+
+    def _profile(self, builder: Any, shapes: Profile) -> Any:
+        profile = builder.create_optimization_profile()
+        for name, bounds in shapes.items():
+            profile.set_shape(name, bounds.minimum, bounds.optimum, bounds.maximum)
+        return profile
+
+    def _calibrate_with(
+        self, builder: Any, config: Any, calibrator: ImplicitCalibrator, shapes: Mapping[str, Sequence[int]] | None
+    ) -> None:
+        trt, options = self._trt, self._options
+        if not builder.platform_has_fast_int8:
+            raise EngineBuildError(
+                f"Cannot build {str(self._file)!r} with INT8: {self._device.name} (compute capability "
+                f"{self._device.compute_capability}) has no INT8 hardware. Build it as fp16 or fp32."
+            )
+        config.set_flag(trt.BuilderFlag.INT8)
+        if options.precision == "int8+fp16":
+            config.set_flag(trt.BuilderFlag.FP16)
+        config.int8_calibrator = calibrator
+        if options.profiles:
+            # TensorRT calibrates at one shape alone, the optimum, and reads each batch as if it had that shape.
+            first = options.profiles[0]
+            fixed = {name: tuple((shapes or {}).get(name, bounds.optimum)) for name, bounds in first.items()}
+            profile = {name: ShapeRange(shape, shape, shape) for name, shape in fixed.items()}
+            config.set_calibration_profile(self._profile(builder, profile))
+
+    def _attach_timing_cache(self, config: Any) -> Path | None:
+        path = self._options.timing_cache
+        if path is None:
+            return None
+        try:
+            content = path.read_bytes()
+        except OSError:  # the first build
+            content = b""
+        # What TensorRT logs about a cache that does not fit is no reason for anything that fails later.
+        with tensorrt_log(self._trt).aside():
+            cache = config.create_timing_cache(content)
+            fits = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
+        if not fits:
+            self.notes.append(f"The timing cache {path.name} is of another GPU or TensorRT release, and is made anew.")
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+        return path
+
+    def _failed(self, what: str, log: LogLines, advice: str) -> EngineBuildError:
+        return EngineBuildError(
+            f"TensorRT {self._trt.__version__} {what} {str(self._file)!r} as {self._options.precision}: "
+            f"{log.quote()}. {advice}",
+            log_lines=log.texts,
+        )
+
+
+def _strongly_typed(trt: Any) -> int:
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _parser_problem(error: Any) -> str:
+    where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
+    return where + " ".join(str(error.desc()).split()).rstrip(".")
+
+
+def _advice(log: LogLines) -> str:
+    if any("memory" in text.lower() for text in log.errors):
+        return "Lower the workspace limit or the profile's largest shape, or free device memory."
+    return "The error's log_lines hold the rest of TensorRT's log."
