@@ -1,6 +1,7 @@
 """`trt-int8 run` on a small PyTorch model: everything it writes, and going on after an interruption."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -354,7 +355,10 @@ def unwritable_disk() -> Callable[[list[str]], subprocess.CompletedProcess[str]]
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             "sys.exit(main(sys.argv[1:]))\n"
         )
-        return subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+        # Coverage, where it measures, would want to write its own file there.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        command = [sys.executable, "-c", script, *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     return run
 
