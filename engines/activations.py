@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import onnx
 
 from calibrators.errors import CalibrationError
-from calibrators.protocols import Activations, Array
+from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.errors import InferenceError
 from engines.graph import PreparedModel, float_activations, open_session
 from engines.onnxrt import check_feeds, tensor_specs
 from engines.placement_cpu import place_for_cpu
 from engines.placement_tensorrt import place_for_tensorrt
-
-
-class FeedBatch(Protocol):
-    """One batch of calibration data."""
-
-    @property
-    def feeds(self) -> Mapping[str, Array]:
-        """Input name to array."""
-        ...
-
-    @property
-    def samples(self) -> int:
-        """Number of real samples; rows beyond it are padding."""
-        ...
 
 
 def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
@@ -77,7 +62,7 @@ class OnnxRuntimeActivations:
         self,
         prepared: PreparedModel,
         tensors: Sequence[str],
-        batches: Iterable[FeedBatch],
+        batches: Iterable[CalibrationBatch],
         *,
         threads: int | None = None,
     ) -> None:

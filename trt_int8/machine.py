@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.device import driver_release
+
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 """The processor features that decide which INT8 kernels run, as Linux names them: six of x86, two of Arm."""
 
@@ -183,14 +185,14 @@ def read_cuda_driver(load: Callable[[str], Any] = ctypes.CDLL) -> CudaDriver:
         return CudaDriver(f"no NVIDIA driver ({_CUDA_LIBRARY} is not installed)", None, None, ())
     status = driver.cuInit(0)
     if status != 0:
-        return CudaDriver(_cuda_error(driver, "cuInit", status), None, _read_module_version(), ())
+        return CudaDriver(_cuda_error(driver, "cuInit", status), None, driver_release(), ())
     version, count = ctypes.c_int(), ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     driver.cuDeviceGetCount(ctypes.byref(count))
     return CudaDriver(
         error=None if count.value else "the driver sees no GPU",
         cuda_version=f"{version.value // 1000}.{version.value % 1000 // 10}",
-        module_version=_read_module_version(),
+        module_version=driver_release(),
         gpus=tuple(_read_gpu(driver, index) for index in range(count.value)),
     )
 
@@ -211,14 +213,6 @@ def _cuda_error(driver: Any, call: str, status: int) -> str:
     text = ctypes.c_char_p()
     driver.cuGetErrorString(status, ctypes.byref(text))
     return f"{call} failed with {status}: {(text.value or b'unknown error').decode(errors='replace')}"
-
-
-def _read_module_version() -> str | None:
-    """Return the kernel module's version out of "NVRM version: NVIDIA UNIX ... Kernel Module  580.65.06  ..."."""
-    for word in _read_text("/proc/driver/nvidia/version").split():
-        if word[:1].isdigit() and "." in word:
-            return word
-    return None
 
 
 def _read_cpu() -> Cpu:
