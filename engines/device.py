@@ -226,10 +226,14 @@ def open_device(library: DeviceLibrary | None = None) -> Device:
     ) from missing[-1]
 
 
-def driver_release() -> str | None:
-    """Return the release of the NVIDIA driver, such as "580.65.06"; None where the system does not tell."""
+def driver_release(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Return the release of the NVIDIA driver, such as "580.65.06"; None where the system does not tell.
+
+    Args:
+        file: where the kernel module says it: "NVRM version: NVIDIA UNIX ... Kernel Module  580.65.06  ...".
+    """
     try:
-        words = Path("/proc/driver/nvidia/version").read_text(errors="replace").split()
+        words = file.read_text(errors="replace").split()
     except OSError:
         return None
     return next((word for word in words if word[:1].isdigit() and "." in word), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines import device_cuda, device_pycuda
-from engines.device import DeviceLibrary, open_device, version_text
+from engines.device import DeviceLibrary, driver_release, open_device, version_text
 from engines.errors import DeviceError, MissingDependencyError
 
 DRIVER = """
@@ -99,3 +99,14 @@ def test_cuda_versions_are_written_as_people_do() -> None:
     """The driver's number is 1000 times the major release and 10 times the minor one."""
     assert version_text(13000) == "13.0"
     assert version_text(12060) == "12.6"
+
+
+def test_the_release_of_the_driver_is_read_from_its_kernel_module(tmp_path: Path) -> None:
+    """The release stands in the first line of the module's /proc file; without the file there is none."""
+    file = tmp_path / "version"
+    file.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version:  gcc 12.3.0\n"
+    )
+
+    assert driver_release(file) == "580.65.06"
+    assert driver_release(tmp_path / "none") is None

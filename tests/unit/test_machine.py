@@ -136,16 +136,6 @@ def test_no_driver_library_is_no_gpu() -> None:
     assert driver.gpus == ()
 
 
-def test_finds_the_kernel_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's version stands in the first line of its /proc file."""
-    text = (
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version:  gcc 12.3.0\n"
-    )
-    monkeypatch.setattr(machine, "_read_text", lambda path: text)
-
-    assert read_cuda_driver(lambda name: FakeCuda()).module_version == "580.65.06"
-
-
 def test_other_systems_are_read_by_py_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no /proc/cpuinfo, name and features come from py-cpuinfo."""
     found = {"brand_raw": "Some CPU", "flags": ["sse2", "avx2", "avx_vnni"]}
