@@ -16,7 +16,10 @@ from calibrators.mse import mse_amax
 from calibrators.numerics import scale_from_amax
 from calibrators.percentile import check_percentile, percentile_amax
 
-METHODS = ("minmax", "entropy", "percentile", "mse", "auto")
+SEARCHES = ("minmax", "entropy", "percentile", "mse")
+"""Methods that find a threshold from a histogram alone."""
+
+METHODS = (*SEARCHES, "auto")
 DEFAULT_METHOD = "entropy"
 DEFAULT_PERCENTILE = 99.99
 

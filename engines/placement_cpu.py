@@ -9,8 +9,6 @@ ONNX Runtime turns DQ -> operator -> Q into an integer kernel only where both si
    127, so inside the threshold the codes carry the same values as TensorRT's; above it they saturate later. Behind a
    Clip with an upper bound the scale is amax / 255, or the Clip would not be dropped.
 3. Pools, Adds, Concats and the operators that only move values carry INT8 on, with a pair on both sides.
-
-Measurements of the alternatives (signed activations, unsigned weights, quantizing less) are in docs/explanation.md.
 """
 
 from __future__ import annotations

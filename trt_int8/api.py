@@ -16,7 +16,7 @@ from calibrators.protocols import Array, Track, untracked
 from engines.onnxrt import Execution, OnnxRuntimeRunner
 from trt_int8.accuracy import AccuracyResult
 from trt_int8.accuracy import compare as compare_runners
-from trt_int8.benchmarking import BenchmarkResult, time_side_by_side
+from trt_int8.benchmarking import BENCHMARK_BATCHES, BenchmarkResult, time_side_by_side
 from trt_int8.calibration import calibrate
 from trt_int8.choices import check_choice
 from trt_int8.data import DataSpec, open_data
@@ -41,9 +41,6 @@ __all__ = [
 ]
 
 Model = str | os.PathLike[str]
-
-BENCHMARK_BATCHES = 16
-"""Batches that a benchmark cycles through: enough that no cache knows them, few enough to hold."""
 
 
 def benchmark(

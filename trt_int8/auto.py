@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibrators.calibration import Calibration
+from calibrators.calibration import SEARCHES, Calibration
 from calibrators.protocols import Array, Track, untracked
 from engines.graph import PreparedModel, name_of, open_session
 from engines.onnxrt import tensor_specs
@@ -29,7 +29,6 @@ from trt_int8.data import DataBatch
 from trt_int8.errors import DataError
 from trt_int8.joining import joined
 
-CANDIDATES = ("minmax", "entropy", "percentile", "mse")
 STANDARD_ERRORS = 2.0
 LEAST_GAIN = 0.01
 LEAST_DIFFERENCE = 0.02
@@ -83,17 +82,17 @@ def choose_scales(
     Raises:
         DataError: there is no sample, or the model has no float output to judge by.
     """
-    scales = {method: calibration.scales(method, percentile=percentile) for method in CANDIDATES}
+    scales = {method: calibration.scales(method, percentile=percentile) for method in SEARCHES}
     trial = _Trial(prepared, placement, scales["minmax"], batches)
-    harms = {method: trial.harm(scales[method]) for method in track(CANDIDATES, "auto: whole model", len(CANDIDATES))}
-    whole = min(CANDIDATES, key=lambda method: float(harms[method].mean()))
-    ranking = ", ".join(f"{method} {harms[method].mean():.3g}" for method in CANDIDATES)
+    harms = {method: trial.harm(scales[method]) for method in track(SEARCHES, "auto: whole model", len(SEARCHES))}
+    whole = min(SEARCHES, key=lambda method: float(harms[method].mean()))
+    ranking = ", ".join(f"{method} {harms[method].mean():.3g}" for method in SEARCHES)
     reasons = [f"whole model: {whole} does least harm to the outputs on {trial.samples} samples ({ranking})"]
     chosen = {tensor: scales[whole][tensor] for tensor in placement.tensors}
     methods = dict.fromkeys(placement.tensors, whole)
     best = harms[whole]
     for tensor in track(placement.tensors, "auto: tensors", len(placement.tensors)):
-        others = [method for method in CANDIDATES if method != whole]
+        others = [method for method in SEARCHES if method != whole]
         for method in _distinct(chosen[tensor], {method: scales[method][tensor] for method in others}):
             harm = trial.harm({**chosen, tensor: scales[method][tensor]})
             if gains(best, harm):

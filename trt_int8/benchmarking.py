@@ -28,6 +28,9 @@ from trt_int8.feeds import batch_input
 from trt_int8.machine import describe_machine
 from trt_int8.timing import CONFIDENCE, Latency, Speedup, estimate_speedup, summarize
 
+BENCHMARK_BATCHES = 16
+"""Batches to cycle through: enough that no cache knows them, few enough to hold."""
+
 MIN_ROUNDS = 5
 """Fewer rounds give the bootstrap nothing to draw from."""
 

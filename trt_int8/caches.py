@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrators.calibration import Calibration
+from calibrators.calibration import SEARCHES, Calibration
 from calibrators.errors import CalibrationError
 from calibrators.files import read_bytes
 from calibrators.tensorrt_cache import ENTROPY_2, MINMAX, TensorRTCache, header_version
@@ -16,8 +16,6 @@ from trt_int8.outputs import check_output
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-METHODS = ("minmax", "entropy", "percentile", "mse")
 
 LAST_IMPLICIT_MAJOR = 10
 """TensorRT 11 removed calibrators, and with them the cache."""
@@ -78,7 +76,7 @@ def tensorrt_cache(calibration: Calibration, *, method: str, percentile: float, 
 
 
 def _calibration_table(calibration: Calibration, name: str, percentile: float) -> tuple[Table, list[str]]:
-    scales = {method: calibration.scales(method, percentile=percentile) for method in METHODS}
+    scales = {method: calibration.scales(method, percentile=percentile) for method in SEARCHES}
     rows = []
     for tensor in calibration.tensors:
         histogram = calibration.histogram(tensor)
@@ -89,7 +87,7 @@ def _calibration_table(calibration: Calibration, name: str, percentile: float) -
                 f"{histogram.minimum:.5g}",
                 f"{histogram.maximum:.5g}",
                 f"{zeros:.1f}",
-                *(f"{scales[method][tensor]:.6g}" for method in METHODS),
+                *(f"{scales[method][tensor]:.6g}" for method in SEARCHES),
             )
         )
     columns = ("tensor", "min", "max", "zeros %", "minmax", "entropy", f"percentile {percentile:g}", "mse")

@@ -21,7 +21,7 @@ from engines.onnxrt import OnnxRuntimeRunner
 from engines.placement import Target
 from engines.size import measure_sizes
 from trt_int8 import accuracy as accuracy_stage
-from trt_int8.benchmarking import time_side_by_side
+from trt_int8.benchmarking import BENCHMARK_BATCHES, time_side_by_side
 from trt_int8.caches import tensorrt_cache
 from trt_int8.calibration import calibrate
 from trt_int8.config import Method, RunConfig, load_config
@@ -44,7 +44,6 @@ CACHE_VERSION = "10.16.1"
 
 FP16 = "model.fp16.onnx"
 REPORT = "report.html"
-BENCHMARK_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
