@@ -1,0 +1,54 @@
+"""Options that several commands share, and what becomes of their values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from trt_int8.images import Preprocessing
+
+MethodName = Literal["minmax", "entropy", "percentile", "mse", "auto"]
+TargetName = Literal["tensorrt", "cpu"]
+ExecutionName = Literal["exact", "native"]
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help=".npz, folder of batches, image folder, package.module:callable, or Polygraphy inputs.",
+    ),
+]
+OptionalData = Annotated[str | None, typer.Option("--data", metavar="DATA", help="As for calibrate.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples a batch (default 1).")]
+PreprocessingOption = Annotated[
+    Path | None,
+    typer.Option("--preprocessing", metavar="YAML", help="Preprocessing of an image folder (see examples/)."),
+]
+CalibrationOption = Annotated[Path, typer.Option("--calibration", metavar="FILE", help="calibration.npz")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside an operator.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
+PercentileOption = Annotated[float, typer.Option("--percentile", help="Of --method percentile.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Use a calibration of another graph or other weights.")]
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write the result to the file of `--json`, where there is one."""
+    if path is not None:
+        from calibrators.files import write_text
+
+        write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+def read_preprocessing(path: Path | None) -> Preprocessing | None:
+    """Read the file of `--preprocessing`, where there is one."""
+    if path is None:
+        return None
+    from trt_int8.config import load_preprocessing
+
+    return load_preprocessing(path)
