@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -116,6 +118,16 @@ class Calibration:
     def always_zero(self) -> tuple[str, ...]:
         """Names of the tensors that were 0 in every sample; their amax is 0 and their scale 1."""
         return tuple(name for name, histogram in self._histograms.items() if histogram.amax == 0)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the statistics and of what they were made from, in hex; equal calibrations have equal ones."""
+        digest = hashlib.sha256(json.dumps(asdict(self._fingerprint), sort_keys=True).encode())
+        for name, histogram in self._histograms.items():
+            digest.update(f"{name}\0{histogram.minimum!r}\0{histogram.maximum!r}\0{histogram.zeros}\0".encode())
+            digest.update(histogram.bins.tobytes())
+            digest.update(histogram.counts.tobytes())
+        return digest.hexdigest()
 
     def histogram(self, tensor: str) -> MagnitudeHistogram:
         """Return the histogram of one tensor.

@@ -205,6 +205,16 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert loaded.scales() == calibration.scales()
 
 
+def test_the_hash_follows_the_content(tmp_path: Path) -> None:
+    """It survives the file, and other counts, tensors or data give another."""
+    calibration = make_calibration()
+    calibration.save(tmp_path / "c.npz")
+
+    assert Calibration.load(tmp_path / "c.npz").sha256 == calibration.sha256
+    others = [make_calibration(seed=1), make_calibration(data=("d2",)), calibration.merge(calibration)]
+    assert len({calibration.sha256, *(other.sha256 for other in others)}) == 4
+
+
 def test_calibration_without_tensors_is_kept_too(tmp_path: Path) -> None:
     """An empty one is a file like any other."""
     Calibration({}, FINGERPRINT).save(tmp_path / "empty.npz")
