@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/trt-int8 demo
 
-# NVIDIA's Python bindings over simulated libraries. Where they cannot be had, the tests skip with the reason.
-$(SIMULATION): $(READY) $(wildcard tests/trtsim/*.py tests/trtsim/*.c tests/trtsim/*.cpp)
+# NVIDIA's Python bindings over simulated libraries, and pycuda, which compiles for a minute. Where they cannot be had,
+# the tests skip with the reason.
+$(SIMULATION): $(READY) $(wildcard tests/trtsim/*.py tests/trtsim/*.c tests/trtsim/*.cpp) docker/build_pycuda.sh
 	@$(BIN)/python tests/trtsim/provision.py $(VENV)/trtsim && touch $@ || true
 
 test: $(READY) $(SIMULATION)

@@ -47,6 +47,8 @@ class Device(ABC):
         name: of the GPU, as the driver says it.
         compute_capability: such as "9.0".
         cuda_version: newest CUDA that the driver serves, such as "13.0".
+        pci_bus_id: where it is plugged in, such as "0000:51:00.0": NVML knows it by that name, whatever
+            CUDA_VISIBLE_DEVICES shows.
         stream: handle of the stream, a cudaStream_t.
     """
 
@@ -54,6 +56,7 @@ class Device(ABC):
     name: str
     compute_capability: str
     cuda_version: str
+    pci_bus_id: str
     stream: int
 
     @property
@@ -117,6 +120,14 @@ class Device(ABC):
 
         Args:
             event: an earlier mark to move here; without one a new mark is made, which lives as long as the device.
+        """
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Wait until the stream has passed a mark; what was queued after it goes on.
+
+        Raises:
+            DeviceError: some of the work before the mark failed.
         """
 
     @abstractmethod

@@ -21,6 +21,8 @@ from engines.optional import require
 ORDINAL = 0
 """The first GPU that the driver shows; CUDA_VISIBLE_DEVICES chooses which one that is."""
 
+_BUS_ID_BYTES = 32  # "00000000:51:00.0" and the byte that ends it, and some to spare
+
 
 class CudaPythonDevice(Device):
     """See `engines.device.Device`.
@@ -52,6 +54,8 @@ class CudaPythonDevice(Device):
                 )
             )
             self.compute_capability = f"{major}.{minor}"
+            bus = bytes(self._check(driver.cuDeviceGetPCIBusId(_BUS_ID_BYTES, gpu)))
+            self.pci_bus_id = bus.split(b"\0")[0].decode()
             self._context = self._check(driver.cuDevicePrimaryCtxRetain(gpu))
         except (DeviceError, RuntimeError) as error:  # cuda-python raises RuntimeError where libcuda is missing
             raise no_gpu(error) from error
@@ -105,6 +109,10 @@ class CudaPythonDevice(Device):
             self._events.append(event)
         self._check(self._driver.cuEventRecord(event, self._stream))
         return event
+
+    def wait(self, event: Event) -> None:
+        """Wait for a mark."""
+        self._check(self._driver.cuEventSynchronize(event))
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         """Return the milliseconds between two points."""

@@ -44,6 +44,7 @@ class PycudaDevice(Device):
             self._context.push()
         self.name = str(primary.device.name())
         self.compute_capability = "{}.{}".format(*primary.device.compute_capability())
+        self.pci_bus_id = str(primary.device.pci_bus_id())
         self.cuda_version = version_text(self._driver.get_driver_version())
         with self._errors():
             self._stream = self._driver.Stream(NON_BLOCKING)
@@ -96,6 +97,11 @@ class PycudaDevice(Device):
             mark: Any = event if event is not None else self._driver.Event()
             mark.record(self._stream)
         return Event(mark)
+
+    def wait(self, event: Event) -> None:
+        """Wait for a mark."""
+        with self._errors():
+            cast("Any", event).synchronize()
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         """Return the milliseconds between two points."""

@@ -12,6 +12,7 @@ EXTRAS = {
     "tensorrt": "tensorrt11 (or tensorrt10, which still has INT8 calibrators)",
     "pycuda": "pycuda",
     "cuda": "cuda",
+    "pynvml": "tensorrt11 (or tensorrt10)",
 }
 """The extra that brings a package, by the name that it is imported under."""
 

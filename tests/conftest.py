@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,16 +21,55 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.device import SIMULATED
 from engines.onnxrt import check_feeds
 from engines.runner import TensorSpec
+from trt_int8.backends import choose_backend, loading_problem
+from trt_int8.machine import read_cuda_driver
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="a test that needs a GPU fails where there is none")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none, with the reason; with --require-gpu, fail."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = no_gpu()
+    if reason is None and item.get_closest_marker("pycuda") is not None:
+        problem = loading_problem("pycuda.driver")
+        reason = problem and f"pycuda {problem}"
+    required = item.config.getoption("--require-gpu")
+    if reason is None and required and read_cuda_driver().gpus[0].name == SIMULATED:
+        reason = "the GPU is simulated"
+    if reason is not None:
+        (pytest.fail if required else pytest.skip)(reason)
+
+
+@cache
+def no_gpu() -> str | None:
+    """Why engines cannot be run here, None where they can; a simulated GPU will do."""
+    backend = choose_backend("auto")
+    return None if backend.name == "tensorrt" else backend.reason
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Path:
     """A seeded classifier of 7 classes on (batch, 3, 8, 8) images: Conv, Relu, Flatten, Gemm; dynamic batch."""
+    return save_tiny_model(tmp_path / "tiny.onnx")
+
+
+@pytest.fixture(scope="module")
+def module_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `tiny_model`, for the fixtures of a whole module."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.onnx")
+
+
+def save_tiny_model(path: Path) -> Path:
     rng = np.random.default_rng(7)
     weights = {
         "conv.weight": rng.normal(0, 0.3, (4, 3, 3, 3)),
@@ -52,7 +92,6 @@ def tiny_model(tmp_path: Path) -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
-    path = tmp_path / "tiny.onnx"
     onnx.save(model, path)
     return path
 
@@ -214,10 +253,14 @@ def run_model() -> Callable[..., dict[str, Any]]:
 
 @dataclass(frozen=True)
 class SimulatedTensorRT:
-    """Runs Python where `import tensorrt` finds NVIDIA's bindings over simulated libraries; see tests/trtsim."""
+    """Runs Python where `import tensorrt` finds NVIDIA's bindings over simulated libraries; see tests/trtsim.
+
+    `without_pycuda` is the reason why pycuda is not among the packages, None where it is.
+    """
 
     version: int
     environment: Mapping[str, str]
+    without_pycuda: str | None
 
     def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `python ARGUMENTS`; `variables` are further environment variables, such as TRTSIM_FAIL."""
@@ -238,4 +281,6 @@ def tensorrt_sim(request: pytest.FixtureRequest) -> SimulatedTensorRT:
     reason = provision["unavailable"](folder)
     if reason is not None:
         pytest.skip(reason)
-    return SimulatedTensorRT(request.param, provision["environment"](folder, request.param))
+    return SimulatedTensorRT(
+        request.param, provision["environment"](folder, request.param), provision["pycuda_unavailable"](folder)
+    )

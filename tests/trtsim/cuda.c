@@ -28,6 +28,7 @@ enum {
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
     NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
@@ -45,6 +46,7 @@ static const struct {
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
@@ -109,8 +111,8 @@ static Result push(Context *context)
 API Result cuInit(unsigned flags)
 {
     (void)flags;
-    initialized = 1;
-    return SUCCESS;
+    initialized = !getenv("TRTSIM_NO_GPU");
+    return initialized ? SUCCESS : NO_DEVICE;
 }
 
 API Result cuDevicePrimaryCtxRetain(void **out, int device)
@@ -178,7 +180,8 @@ API Result cuCtxGetDevice(int *out)
 
 API Result cuDriverGetVersion(int *out)
 {
-    *out = 13000;
+    const char *version = getenv("TRTSIM_CUDA_VERSION");
+    *out = version ? atoi(version) : 13000;
     return SUCCESS;
 }
 

@@ -259,6 +259,9 @@ class Parser(Simulated):
     def clearErrors(self) -> None:
         self.errors.clear()
 
+    def setBuilderConfig(self, config: int) -> bool:
+        return True  # what it would tell is DLA's
+
     def supportsOperator(self, name: str) -> bool:
         return name not in onnx_graph.UNSUPPORTED
 
