@@ -24,6 +24,9 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
 
+FP16_MAX = 65504.0
+"""Largest finite FP16 number."""
+
 
 @overload
 def scale_from_amax(amax: float, levels: int = LEVELS) -> float: ...
@@ -56,6 +59,40 @@ def scale_from_amax(amax: float | NDArray[Any], levels: int = LEVELS) -> float |
     return scales if isinstance(amax, np.ndarray) else float(scales)
 
 
+@overload
+def fp16_scale(scale: float) -> float: ...
+@overload
+def fp16_scale(scale: NDArray[Any]) -> NDArray[np.float32]: ...
+
+
+def fp16_scale(scale: float | NDArray[Any]) -> float | NDArray[np.float32]:
+    """Round scales up to the next number that FP16 holds.
+
+    Upwards, so that amax keeps a code; by less than one unit in FP16's last place, which is 2^-10 of the scale at most
+    where FP16 is normal (from 2^-14 on). Below, its numbers are 2^-24 apart, and the smallest scale is 2^-24.
+
+    Args:
+        scale: a number or an array, > 0 and at most 65504.
+
+    Returns:
+        For a number a float, for an array a float32 array of its shape; FP16 represents every value exactly.
+
+    Raises:
+        CalibrationError: a scale is NaN, not above 0, or beyond FP16's range.
+    """
+    exact = np.asarray(scale, dtype=np.float64)
+    usable = (exact > 0) & (exact <= FP16_MAX)
+    if not usable.all():
+        raise CalibrationError(
+            f"Cannot hold the scale {exact[~usable].flat[0]} in FP16: expected a number above 0 and at most "
+            f"{FP16_MAX:.0f}. Keep the nodes that read it in FP32."
+        )
+    nearest = exact.astype(np.float16)
+    above = np.nextafter(nearest, np.float16(FP16_MAX))
+    rounded = np.where(nearest < exact, above, nearest).astype(np.float32)
+    return rounded if isinstance(scale, np.ndarray) else float(rounded)
+
+
 def quantize(values: ArrayLike, scale: ArrayLike) -> NDArray[np.int8]:
     """Quantize activations as QuantizeLinear does: clamp(round_half_even(values / scale), -128, 127).
 
@@ -78,11 +115,16 @@ def dequantize(codes: NDArray[np.int8], scale: ArrayLike) -> NDArray[np.float32]
 
 
 def quantize_weights(
-    weights: ArrayLike, axis: int | None, *, limit: int = LEVELS, minimum_scale: ArrayLike | None = None
+    weights: ArrayLike,
+    axis: int | None,
+    *,
+    limit: int = LEVELS,
+    minimum_scale: ArrayLike | None = None,
+    half: bool = False,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize weights with one scale for each slice along `axis`, or one for the whole tensor.
 
-    scale = max(max|weights| / limit, minimum_scale)
+    scale = max(max|weights| / limit, minimum_scale), with `half` rounded up to FP16's grid
     quantized = clamp(round_half_even(weights / scale), -limit, limit)
 
     Args:
@@ -91,13 +133,15 @@ def quantize_weights(
         limit: the largest code: 127, or 63 for processors whose 8-bit products saturate in pairs.
         minimum_scale: lower bound, shape (channels,) or a number, >= 0; for axis None the largest one holds. It serves
             layers whose INT32 bias has the scale of their products: beside tiny weights a large bias would overflow.
+        half: the scales will be stored in FP16.
 
     Returns:
         The codes, int8 in the shape of `weights`; the scales, float32 of shape (channels,), or () for axis None.
         The scale of an all-zero channel is 1.0 or its minimum; every scale is a normal float32 > 0.
 
     Raises:
-        CalibrationError: a weight is NaN, or infinite in float32; or `weights` has no such axis.
+        CalibrationError: a weight is NaN, or infinite in float32; `weights` has no such axis; or a scale is beyond
+            FP16's range where `half` asks for it.
     """
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is reported as such
         array = np.asarray(weights, dtype=np.float32)
@@ -117,6 +161,8 @@ def quantize_weights(
     if minimum_scale is not None:
         smallest = np.asarray(minimum_scale, dtype=np.float32)
         scales = np.maximum(scales, smallest.max() if axis is None else smallest)
+    if half:
+        scales = fp16_scale(np.asarray(scales))
     aligned = scales if others is None else np.expand_dims(scales, others)
     return _codes(array, aligned, -limit, limit), scales
 

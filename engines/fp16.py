@@ -10,21 +10,18 @@ pass over the data is needed beside the calibration's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.helper
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from calibrators.numerics import FP16_MAX
 from engines.graph import PreparedModel, constant_array, is_activation, quiet
 from engines.magnitude import magnitude_bounds
 from engines.onnxrt import PRECISION_KEY
-
-FP16_MAX = 65504.0
-"""Largest finite FP16 number."""
 
 MARGIN = 2.0
 """Values seen in calibration may be this much larger in use before they overflow."""
@@ -71,19 +68,30 @@ def convert_to_fp16(prepared: PreparedModel, amax: Mapping[str, float]) -> Fp16M
     Returns:
         The model; inputs and outputs keep FP32, so that it is a drop-in replacement.
     """
+    held = held_in_fp32(prepared, amax)
+    model = in_fp16(prepared, held)
+    model.metadata_props[PRECISION_KEY] = "fp16"
+    return Fp16Model(ir.to_proto(model), held, len(prepared.proto.graph.node))
+
+
+def in_fp16(prepared: PreparedModel, held: Sequence[HeldNode]) -> ir.Model:
+    """Return a copy of a model in FP16, with FP32 inputs and outputs.
+
+    Nodes keep their names, and every Cast whose name the FP32 model does not hold stands between FP16 and FP32.
+
+    Args:
+        prepared: the FP32 model.
+        held: the nodes that stay FP32; see `held_in_fp32`.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    held = held_in_fp32(prepared, amax)
     proto = onnx.ModelProto()
     proto.CopyFrom(prepared.proto)
     with quiet():  # preparation has inferred all types already
         converted: onnx.ModelProto = convert_float_to_float16(
             proto, keep_io_types=True, node_block_list=[node.node for node in held], disable_shape_infer=True
         )
-    converted = _mended(converted, {node.name for node in prepared.proto.graph.node})
-    metadata = {entry.key: entry.value for entry in converted.metadata_props}
-    onnx.helper.set_model_props(converted, metadata | {PRECISION_KEY: "fp16"})
-    return Fp16Model(converted, held, len(prepared.proto.graph.node))
+    return _mended(converted, {node.name for node in prepared.proto.graph.node})
 
 
 def held_in_fp32(prepared: PreparedModel, amax: Mapping[str, float]) -> tuple[HeldNode, ...]:
@@ -137,7 +145,7 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
     return graphs
 
 
-def _mended(converted: onnx.ModelProto, originals: set[str]) -> onnx.ModelProto:
+def _mended(converted: onnx.ModelProto, originals: set[str]) -> ir.Model:
     """Mend what the converter leaves around the nodes that stay FP32.
 
     It writes the same cast once per reader, appends casts behind the nodes that read them, takes a value from one FP32
@@ -156,12 +164,13 @@ def _mended(converted: onnx.ModelProto, originals: set[str]) -> onnx.ModelProto:
     for node in added:
         half = node.inputs[0]
         source = half.producer() if half is not None else None
-        if source is None or source not in added or node.outputs[0].dtype != ir.DataType.FLOAT:
+        exact = source.inputs[0] if source is not None and source in added else None
+        if exact is None or node.outputs[0].dtype != ir.DataType.FLOAT:
             continue
         if node.outputs[0].is_graph_output():
-            node.replace_input_with(0, source.inputs[0])
-        elif source.inputs[0] is not None:
-            node.outputs[0].replace_all_uses_with(source.inputs[0])
+            _make_output(graph, node.outputs[0], exact)
+        else:
+            node.outputs[0].replace_all_uses_with(exact)
     widened: dict[ir.Value, ir.Value] = {}
     for inner in ir.traversal.RecursiveGraphIterator(graph):
         for index, value in enumerate(inner.inputs):
@@ -172,7 +181,7 @@ def _mended(converted: onnx.ModelProto, originals: set[str]) -> onnx.ModelProto:
                     widened[value] = _widen(graph, value)
                 inner.replace_input_with(index, widened[value])
     RemoveUnusedNodesPass()(model)
-    return ir.to_proto(model)
+    return model
 
 
 def _drop_doubles(model: onnx.ModelProto) -> None:
@@ -183,6 +192,13 @@ def _drop_doubles(model: onnx.ModelProto) -> None:
         if written.issuperset(output):
             del model.graph.node[index]
         written.update(output)
+
+
+def _make_output(graph: ir.Graph, output: ir.Value, exact: ir.Value) -> None:
+    """Put a value in the place of a graph output, under its name."""
+    name, output.name = output.name, f"{output.name}_cast"
+    exact.name, exact.type, exact.shape = name, output.type, output.shape
+    graph.outputs[:] = [exact if value is output else value for value in graph.outputs]
 
 
 def _widen(graph: ir.Graph, value: ir.Value) -> ir.Value:

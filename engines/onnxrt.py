@@ -25,7 +25,7 @@ TARGET_KEY = "trt_int8.target"
 """Metadata key of our models: the target ("tensorrt" or "cpu") that the Q/DQ nodes were placed for."""
 
 PRECISION_KEY = "trt_int8.precision"
-"""Metadata key of our models: "fp32", "fp16" or "int8"."""
+"""Metadata key of our models: "fp32", "fp16", "int8" or "int8+fp16"."""
 
 
 def load_header(path: str | os.PathLike[str]) -> onnx.ModelProto:

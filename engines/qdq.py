@@ -1,8 +1,12 @@
-"""Carry out a placement: write Q/DQ nodes, INT8 weights and INT32 biases into a graph."""
+"""Carry out a placement: write Q/DQ nodes, INT8 weights and INT32 biases into a graph.
+
+The type of a scale is the type of what Q reads and of what DQ gives, so the nodes are written in the types that they
+meet: FP32 in an FP32 graph, and either of the two in one whose types were converted before (`engines.mixed`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibrators.errors import CalibrationError
-from calibrators.numerics import quantize_weights
+from calibrators.numerics import fp16_scale, quantize_weights
 from calibrators.protocols import Array
 from engines.graph import PreparedModel, constant_array, name_of
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
@@ -47,6 +51,7 @@ def insert_qdq(
     placement: Placement,
     scales: Mapping[str, float],
     *,
+    typed: ir.Model | None = None,
     reduce_range: bool = False,
     largest: Mapping[str, float] | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -61,6 +66,10 @@ def insert_qdq(
         prepared: the graph that the placement was made for.
         placement: which tensors.
         scales: scale (amax / 127) by tensor name; every name in `placement.tensors` is needed.
+        typed: the same graph in FP16 and FP32 (`engines.fp16.in_fp16`), edited in place of a copy of `prepared`. Q and
+            DQ take over its casts: Q reads the tensor in the type that it is computed in, each DQ gives the type that
+            its readers compute in. The codes of weights are made from FP32; scales that meet FP16 are rounded up to
+            its grid.
         reduce_range: keep pairs of products within 16 bits: weights get codes of 7 bits, [-63, 63], where activations
             use all 256 codes (zero point 128), and more where they use fewer.
         largest: largest magnitude that calibration saw, by tensor name. Never-negative activations whose threshold is
@@ -72,24 +81,28 @@ def insert_qdq(
         CalibrationError: a scale is missing, zero or not finite.
     """
     _check_scales(placement, scales)
-    model = prepared.ir()
-    nodes = {node.name: node for node in model.graph}
-    writer = _Writer(model.graph)
+    source = {node.name: node for node in prepared.ir().graph}
+    model = prepared.ir() if typed is None else typed
+    writer = _Writer(model.graph, source)
+    halves = {point.scale_of for point in placement.activations if writer.meets_fp16(point)}
     points = {point.scale_of: point for point in reversed(placement.activations)}
     weight_ranges: dict[str, int] = {}
     for weight in placement.weights:
         point = points[weight.data_scale_of]
         limit = _weight_range(point, scales, largest) if reduce_range else FULL_WEIGHT_RANGE
         weight_ranges[weight.node] = limit
-        writer.weight(nodes[weight.node], weight, limit, point_scale(point, scales))
-    values = {name_of(value): value for value in _values(model.graph)}
+        original = source[weight.node].inputs[weight.index]
+        if original is None:
+            raise AssertionError(f"{weight.node} has no weight")
+        writer.weight(weight, original, limit, point_scale(point, scales))
     pair_scales: dict[str, float] = {}
     for point in placement.activations:
         scale = point_scale(point, scales)
-        pair_scales[point.tensor] = scale
-        writer.activation(values[point.tensor], point, scale, nodes)
+        pair_scales[point.tensor] = fp16_scale(scale) if point.scale_of in halves else scale
+        writer.activation(point, pair_scales[point.tensor])
     RemoveUnusedNodesPass()(model)
-    model.metadata_props.update({TARGET_KEY: placement.target, PRECISION_KEY: "int8", **(metadata or {})})
+    precision = "int8" if typed is None else "int8+fp16"
+    model.metadata_props.update({TARGET_KEY: placement.target, PRECISION_KEY: precision, **(metadata or {})})
     return QuantizedModel(model, placement, pair_scales, weight_ranges)
 
 
@@ -102,58 +115,86 @@ def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
 
 
 class _Writer:
-    """Writes into one graph, shares what several nodes read, and gives everything a name of its own."""
+    """Writes into one graph, shares what several nodes read, and gives everything a name of its own.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: to write into.
+        source: names of the nodes of the FP32 graph; other Casts stand between FP16 and FP32.
+    """
+
+    def __init__(self, graph: ir.Graph, source: Container[str | None]) -> None:
         self._graph = graph
-        self._weights: dict[tuple[str, int | None, int, str | None], ir.Value] = {}
+        self._source = source
+        self._nodes = {node.name: node for node in graph}
+        self._tensors = {name_of(value): value for value in _values(graph)}
+        self._weights: dict[tuple[str, ir.DataType, int | None, int, str | None], ir.Value] = {}
         nodes = list(ir.traversal.RecursiveGraphIterator(graph))
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
         self._names = {value.name for value in values} | {node.name for node in nodes}
 
-    def activation(
-        self, value: ir.Value, point: ActivationPoint, scale: float, nodes: Mapping[str | None, ir.Node]
-    ) -> None:
-        """Put a pair on an activation."""
-        dtype = np.uint8 if point.unsigned else np.int8
-        name = point.tensor
-        if point.uses is None:
-            edges = [(use.node, use.idx) for use in value.uses()]
-        else:
-            edges = [(nodes[node], index) for node, index in point.uses]
+    def meets_fp16(self, point: ActivationPoint) -> bool:
+        """Tell whether the tensor of a pair, or what a reader makes of it, is FP16."""
+        edges = self._edges(point)
+        read = [node.inputs[index] for node, index in edges]
+        return any(
+            value is not None and value.dtype == ir.DataType.FLOAT16 for value in (self._tensor(point, edges), *read)
+        )
+
+    def activation(self, point: ActivationPoint, scale: float) -> None:
+        """Put a pair on an activation: one Q, and one DQ for every type that its readers compute in."""
+        name, edges = point.tensor, self._edges(point)
+        value = self._tensor(point, edges)
         is_output = point.uses is None and value.is_graph_output()
+        readers: dict[ir.DataType, list[tuple[ir.Node, int]]] = {_float_type(value): []} if is_output else {}
+        for node, index in edges:
+            readers.setdefault(_float_type(node.inputs[index]), []).append((node, index))
         if is_output:
             value.name = self._name(f"{name}_unquantized")
-        scale_value = self._constant(f"{name}_scale", np.asarray(scale, np.float32))
-        zero_point = self._constant(f"{name}_zero_point", np.asarray(point.zero_point, dtype))
-        quantize = self._node("QuantizeLinear", [value, scale_value, zero_point], name)
+        scales = {
+            dtype: self._constant(f"{name}_scale", np.asarray(scale, dtype.numpy()))
+            for dtype in dict.fromkeys((_float_type(value), *readers))
+        }
+        codes = np.uint8 if point.unsigned else np.int8
+        zero_point = self._constant(f"{name}_zero_point", np.asarray(point.zero_point, codes))
+        quantize = self._node("QuantizeLinear", [value, scales[_float_type(value)], zero_point], name)
         code = quantize.outputs[0]
         code.name = self._name(f"{name}_quantized")
-        dequantize = self._node("DequantizeLinear", [code, scale_value, zero_point], name)
-        real = dequantize.outputs[0]
-        real.name = name if is_output else self._name(f"{name}_dequantized")
-        if is_output:  # the types of other tensors follow from their nodes; written out, they would only fill the file
-            real.type, real.shape = value.type, value.shape
+        written = [quantize]
+        for dtype, uses in readers.items():
+            written.append(self._node("DequantizeLinear", [code, scales[dtype], zero_point], name))
+            real = written[-1].outputs[0]
+            real.name = name if is_output else self._name(f"{name}_dequantized")
+            for node, index in uses:
+                node.replace_input_with(index, real)
+            if (
+                is_output
+            ):  # the other tensors' types follow from their nodes; written out, they would only fill the file
+                real.type, real.shape = value.type, value.shape
+                outputs = self._graph.outputs
+                outputs[:] = [real if output is value else output for output in outputs]
         producer = value.producer()
         if producer is None:
-            self._graph.insert_before(self._graph[0], [quantize, dequantize])
+            self._graph.insert_before(self._graph[0], written)
         else:
-            self._graph.insert_after(producer, [quantize, dequantize])
-        for node, index in edges:
-            node.replace_input_with(index, real)
-        if is_output:
-            outputs = self._graph.outputs
-            outputs[:] = [real if output is value else output for output in outputs]
+            self._graph.insert_after(producer, written)
 
-    def weight(self, node: ir.Node, point: WeightPoint, limit: int, activation_scale: float) -> None:
-        """Store a weight, and the bias where the placement says so, as integers; `limit` is the largest weight code."""
-        value = node.inputs[point.index]
-        constant = constant_array(value)
-        if value is None or constant is None:
-            raise AssertionError(f"the weight of {node.name} is no constant")
+    def weight(self, point: WeightPoint, original: ir.Value, limit: int, activation_scale: float) -> None:
+        """Store a weight, and the bias where the placement says so, as integers.
+
+        Args:
+            point: the weight.
+            original: what the node reads in the FP32 graph.
+            limit: the largest weight code.
+            activation_scale: scale of the node's other input.
+        """
+        name, constant = name_of(original), constant_array(original)
+        if constant is None:
+            raise AssertionError(f"the weight of {point.node} is no constant")
+        node = self._nodes[point.node]
+        dtype = _float_type(node.inputs[point.index])
         bias = constant_array(node.inputs[2]) if point.integer_bias else None
         # The bias of a node bounds the scales of its weight, so such a weight is shared with no other node.
-        key = (name_of(value), point.axis, limit, None if bias is None else node.name)
+        key = (name, dtype, point.axis, limit, None if bias is None else node.name)
         if key in self._weights:
             node.replace_input_with(point.index, self._weights[key])
             return
@@ -164,8 +205,9 @@ class _Writer:
             bias_array = np.broadcast_to(bias.numpy().astype(np.float64).reshape(-1), (array.shape[point.axis],))
             # A bias code must fit INT32: bias / (s_x * s_w) <= 2^31 - 1 bounds the weight's scale from below.
             minimum_scale = np.abs(bias_array) / (activation_scale * INT32_LIMIT)
-        codes, scale = quantize_weights(array, point.axis, limit=limit, minimum_scale=minimum_scale)
-        real = self._dequantized(node, name_of(value), codes, scale, point.axis)
+        half = dtype == ir.DataType.FLOAT16
+        codes, scale = quantize_weights(array, point.axis, limit=limit, minimum_scale=minimum_scale, half=half)
+        real = self._dequantized(node, name, codes, scale.astype(dtype.numpy()), point.axis)
         self._weights[key] = real
         node.replace_input_with(point.index, real)
         if bias_array is not None:
@@ -173,6 +215,28 @@ class _Writer:
             bias_codes = np.clip(np.rint(bias_array / bias_scale), -INT32_LIMIT, INT32_LIMIT).astype(np.int32)
             stem = f"{node.name}_bias"
             node.replace_input_with(2, self._dequantized(node, stem, bias_codes, bias_scale.astype(np.float32), 0))
+
+    def _edges(self, point: ActivationPoint) -> list[tuple[ir.Node, int]]:
+        """Return the (node, input index) pairs that are to read the dequantized value."""
+        if point.uses is None:
+            return [(use.node, use.idx) for use in self._tensors[point.tensor].uses()]
+        return [(self._nodes[node], index) for node, index in point.uses]
+
+    def _tensor(self, point: ActivationPoint, edges: Sequence[tuple[ir.Node, int]]) -> ir.Value:
+        """Return the tensor of a pair in the type that it is computed in.
+
+        Its name may have gone with a cast that became superfluous; its readers always lead to it.
+        """
+        value = self._tensors.get(point.tensor)
+        if value is None:
+            node, index = edges[0]
+            value = node.inputs[index]
+        while value is not None:
+            producer = value.producer()
+            if producer is None or producer.op_type != "Cast" or producer.name in self._source:
+                return value
+            value = producer.inputs[0]
+        raise AssertionError(f"the graph does not hold {point.tensor!r}")
 
     def _dequantized(self, reader: ir.Node, stem: str, codes: Array, scale: Array, axis: int | None) -> ir.Value:
         """Write codes, scale, zero point and a DequantizeLinear before `reader`; return the real value."""
@@ -205,6 +269,10 @@ class _Writer:
             name = f"{stem}_{number}"
         self._names.add(name)
         return name
+
+
+def _float_type(value: ir.Value | None) -> ir.DataType:
+    return ir.DataType.FLOAT16 if value is not None and value.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

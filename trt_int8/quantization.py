@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
 
@@ -14,6 +14,7 @@ from calibrators.calibration import Calibration
 from calibrators.protocols import Track, untracked
 from engines.fp16 import HeldNode, convert_to_fp16
 from engines.graph import PreparedModel, open_session, prepare, save_model
+from engines.mixed import mixed_graph
 from engines.onnxrt import tensor_specs
 from engines.placement import Decision, Placement, Residual, Target
 from engines.placement_cpu import place_for_cpu
@@ -24,10 +25,20 @@ from trt_int8.calibration import check_fits
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
+from trt_int8.errors import UsageError
 from trt_int8.machine import saturates_unsigned_products
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
+
+Int8Precision = Literal["int8", "int8+fp16"]
+"""What an INT8 model computes in: its other layers in FP32, or in FP16."""
+
+METHOD_KEY = "trt_int8.method"
+"""Metadata key of quantized models: the calibration method."""
+
+CALIBRATION_KEY = "trt_int8.calibration"
+"""Metadata key of quantized models: the hash of the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +48,22 @@ class QuantizeResult:
     Attributes:
         path: the file.
         target: the placement it was made for.
+        precision: what it computes in.
         method: the calibration method.
         placement: what was done where, and why.
         scales: scale of every Q/DQ pair.
+        held: with "int8+fp16", the nodes kept in FP32, and why.
         auto: what `auto` chose, where it had data to choose by.
         notes: what a user should know: reduced weight range, nodes held back.
     """
 
     path: Path
     target: Target
+    precision: Int8Precision
     method: str
     placement: Placement
     scales: Mapping[str, float]
+    held: tuple[HeldNode, ...]
     auto: AutoChoice | None
     notes: tuple[str, ...]
 
@@ -62,6 +77,7 @@ class QuantizeResult:
         return {
             "file": self.path.name,
             "target": self.target,
+            "precision": self.precision,
             "method": self.method,
             "scales": dict(self.scales),
             "pairs": [
@@ -69,6 +85,7 @@ class QuantizeResult:
                 for point in self.placement.activations
             ],
             "decisions": [asdict(decision) for decision in self.placement.decisions],
+            "held": [asdict(node) for node in self.held],
             "auto": None if self.auto is None else {**asdict(self.auto), "scales": None},
             "notes": list(self.notes),
         }
@@ -101,6 +118,7 @@ def quantize(
     method: Method = "entropy",
     percentile: float = 99.99,
     target: Target = "tensorrt",
+    precision: Int8Precision = "int8",
     residual: Residual = "int8",
     exclude: Sequence[str] = (),
     data: DataSpec | None = None,
@@ -119,6 +137,8 @@ def quantize(
         method: the calibration method. "auto" with `data` measures which does least harm; without, it equals "mse".
         percentile: of the percentile method.
         target: "tensorrt" (signed, zero point 0) or "cpu" (ONNX Runtime's integer kernels, the same scales).
+        precision: "int8" leaves the layers that are not quantized in FP32; "int8+fp16" has them in FP16, and in FP32
+            where calibration saw values near the end of FP16's range. For the TensorRT target only.
         residual: whether the skip input of residual Adds is quantized on the TensorRT target.
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
         data: held-back data for "auto".
@@ -131,9 +151,16 @@ def quantize(
     Raises:
         CalibrationError: the calibration belongs to another model, or lacks a scale.
         ModelError: an expression of `exclude` matches nothing.
+        UsageError: "int8+fp16" for the CPU target.
     """
     check_choice("target", target, Target)
+    check_choice("precision", precision, Int8Precision)
     check_choice("residual", residual, Residual)
+    if precision == "int8+fp16" and target == "cpu":
+        raise UsageError(
+            "Cannot write int8+fp16 for the target cpu: ONNX Runtime's CPU kernels compute the layers that are not "
+            "quantized in FP32. Take the precision int8, or the target tensorrt."
+        )
     prepared = prepare(model)
     if not force:
         check_fits(calibration, prepared)
@@ -151,20 +178,30 @@ def quantize(
     else:
         placement = place_for_tensorrt(graph, residual=residual, exclude=exclude)
         reduced = bool(reduce_range)
+    largest = calibration.amax("minmax")
+    mixed = mixed_graph(prepared, placement, largest) if precision == "int8+fp16" else None
     quantized = insert_qdq(
         prepared,
         placement,
         scales,
+        typed=None if mixed is None else mixed.model,
         reduce_range=reduced,
-        largest=calibration.amax("minmax"),
-        metadata={"trt_int8.method": method},
+        largest=largest,
+        metadata={METHOD_KEY: method_name(method, percentile), CALIBRATION_KEY: calibration.sha256},
     )
     proto = ir.to_proto(quantized.model)
     open_session(proto, execution="exact")  # what ONNX Runtime refuses is not written
     save_model(proto, output)
-    notes = _notes(quantized, calibration, method, auto)
     return QuantizeResult(
-        Path(output), target, method, placement, quantized.scales, auto if method == "auto" else None, notes
+        Path(output),
+        target,
+        precision,
+        method,
+        placement,
+        quantized.scales,
+        () if mixed is None else mixed.held,
+        auto if method == "auto" else None,
+        _notes(quantized, calibration, method, auto),
     )
 
 
@@ -188,6 +225,11 @@ def convert_fp16(
     converted = convert_to_fp16(prepared, calibration.amax("minmax"))
     save_model(converted.model, output)
     return Fp16Result(Path(output), converted.held, converted.nodes)
+
+
+def method_name(method: str, percentile: float) -> str:
+    """Return a calibration method together with what it is told by: "percentile 99.99"."""
+    return f"percentile {percentile:g}" if method == "percentile" else method
 
 
 def _choose(

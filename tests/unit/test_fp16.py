@@ -225,6 +225,7 @@ class TestOverflow:
 
         assert [held.node for held in converted.held] == ["n_scaled", "n_large_output"]
         assert types(converted.model)["n_conv"] == ir.DataType.FLOAT16
+        assert [node.op_type for node in converted.model.graph.node if "large_output" in node.output] == ["Mul"]
         agrees(prepared, converted, feeds)
 
     def test_several_fp32_readers_share_one_cast(self, graph_builder: Any, tmp_path: Path, agrees: Any) -> None:

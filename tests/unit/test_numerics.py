@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
 from calibrators.errors import CalibrationError
-from calibrators.numerics import SMALLEST_SCALE, dequantize, quantize, quantize_weights, scale_from_amax
+from calibrators.numerics import (
+    SMALLEST_SCALE,
+    dequantize,
+    fp16_scale,
+    quantize,
+    quantize_weights,
+    scale_from_amax,
+)
 
 finite_float32 = st.floats(-(2.0**100), 2.0**100, width=32)
 amaxes = st.floats(0, 2.0**120)
@@ -219,3 +226,66 @@ def test_axis_must_exist() -> None:
     """An axis beyond the shape is refused with both named."""
     with pytest.raises(CalibrationError, match=r"shape \(2,\).*axis 1"):
         quantize_weights([1.0, 2.0], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (1.0, 1.0),
+        (1.0001, 1 + 2**-10),  # the next number of FP16, although 1 is nearer
+        (1.0009, 1 + 2**-10),
+        (0.1, 1639 * 2**-14),  # 1638.4 units of 2^-14
+        (2048.5, 2050.0),  # above 2048 they are 2 apart
+        (65504.0, 65504.0),
+        (1e-5, 168 * 2**-24),  # 167.8 units; below 2^-14 they are 2^-24
+        (1e-12, 2**-24),
+        (SMALLEST_SCALE, 2**-24),
+    ],
+)
+def test_fp16_scales_are_rounded_up(scale: float, expected: float) -> None:
+    """To the next number that FP16 holds, the smallest of which is 2^-24: an engine refuses a scale of 0."""
+    assert fp16_scale(scale) == expected
+    found = fp16_scale(np.float32([[scale]]))
+    assert found.dtype == np.float32
+    assert found.tolist() == [[fp16_scale(float(np.float32(scale)))]]
+
+
+@given(st.floats(2.0**-126, 65504.0, width=32))
+def test_fp16_scales_are_the_next_ones_up(scale: float) -> None:
+    """FP16 holds the result; it is not below the scale, and FP16's number before it is."""
+    found = fp16_scale(scale)
+
+    assert float(np.float16(found)) == found >= scale
+    assert float(np.nextafter(np.float16(found), np.float16(0))) < scale
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf, 65505.0])
+def test_scales_that_fp16_cannot_hold(bad: float) -> None:
+    """The number is named, and what to do."""
+    with pytest.raises(CalibrationError, match=rf"the scale {bad} in FP16: .* at most 65504. Keep .* in FP32"):
+        fp16_scale(np.array([1.0, bad]))
+
+
+def test_weights_with_fp16_scales() -> None:
+    """The codes are made with the rounded scale: 9.021 is 4.502 steps of 254.5 / 127, and 4.497 of FP16's next one."""
+    weights = np.array([[254.5, 9.021], [1.0, 0.0], [0.0, 0.0]])
+
+    codes, scales = quantize_weights(weights, axis=0, half=True)
+    exact, _ = quantize_weights(weights, axis=0)
+    _, one = quantize_weights(weights, None, half=True, minimum_scale=3.0001)
+
+    assert scales.tolist() == [2 + 3 * 2**-9, fp16_scale(1 / 127), 1.0]
+    assert scales.dtype == np.float32
+    assert (codes.tolist(), exact.tolist()) == ([[127, 4], [127, 0], [0, 0]], [[127, 5], [127, 0], [0, 0]])
+    assert one == 3 + 2**-9
+
+
+@given(hnp.arrays(np.float32, (3, 5), elements=st.floats(-60000, 60000, width=32)))
+def test_weights_with_fp16_scales_come_back(weights: np.ndarray) -> None:
+    """Nothing clips: the error is half a step at most, of a step that is 2^-10 coarser at most, or 2^-24."""
+    codes, scales = quantize_weights(weights, axis=0, half=True)
+    _, exact = quantize_weights(weights, axis=0)
+
+    assert (scales <= np.maximum(exact * (1 + 2.0**-10), exact + 2.0**-24)).all()
+    error = np.abs(dequantize(codes, scales[:, None]).astype(np.float64) - weights)
+    assert (error <= scales[:, None] / 2 * (1 + 2**-15)).all()
