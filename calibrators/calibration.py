@@ -6,8 +6,10 @@ import difflib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 from calibrators.entropy import entropy_amax
@@ -24,6 +26,9 @@ SEARCHES = ("minmax", "entropy", "percentile", "mse")
 METHODS = (*SEARCHES, "auto")
 DEFAULT_METHOD = "entropy"
 DEFAULT_PERCENTILE = 99.99
+
+InputShapes = Mapping[str, Mapping[tuple[int, ...], int]]
+"""Model input to the shapes that were fed, each with its number of batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,21 @@ class Calibration:
         calibration.scales("percentile", percentile=99.999)
     """
 
-    __slots__ = ("_fingerprint", "_histograms", "_thresholds")
+    __slots__ = ("_fingerprint", "_histograms", "_input_shapes", "_thresholds")
 
-    def __init__(self, histograms: Mapping[str, MagnitudeHistogram], fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        histograms: Mapping[str, MagnitudeHistogram],
+        fingerprint: Fingerprint,
+        input_shapes: InputShapes | None = None,
+    ) -> None:
         """Take the histograms of all tensors, in graph order.
+
+        Args:
+            histograms: by tensor name.
+            fingerprint: the model and the data that they were made from.
+            input_shapes: model input to the shapes that were fed, each with its number of batches; None where they were
+                not kept.
 
         Raises:
             CalibrationError: a histogram holds NaN or infinity.
@@ -99,6 +115,7 @@ class Calibration:
                 )
         self._histograms = dict(histograms)
         self._fingerprint = fingerprint
+        self._input_shapes = {name: dict(sorted(shapes.items())) for name, shapes in (input_shapes or {}).items()}
         self._thresholds: dict[tuple[str, float], dict[str, float]] = {}
 
     def __repr__(self) -> str:
@@ -108,6 +125,15 @@ class Calibration:
     def fingerprint(self) -> Fingerprint:
         """The model and the data that it was made from."""
         return self._fingerprint
+
+    @property
+    def input_shapes(self) -> InputShapes:
+        """Model input to the shapes that were fed, each with its number of batches.
+
+        Rows that filled up a batch of a model with a fixed batch were fed, too. Empty for a calibration whose file does
+        not tell. Engines with dynamic axes take their ranges from it.
+        """
+        return MappingProxyType({name: MappingProxyType(shapes) for name, shapes in self._input_shapes.items()})
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -193,7 +219,10 @@ class Calibration:
                 "expected the same tensors in both. Calibrate both with the same --tensors."
             )
         histograms = {name: histogram.merge(other._histograms[name]) for name, histogram in self._histograms.items()}
-        return Calibration(histograms, fingerprint)
+        shapes = {name: Counter(counts) for name, counts in self._input_shapes.items()}
+        for name, counts in other._input_shapes.items():
+            shapes.setdefault(name, Counter()).update(counts)
+        return Calibration(histograms, fingerprint, shapes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to a `.npz` file, atomically; equal calibrations give equal bytes.
@@ -201,7 +230,11 @@ class Calibration:
         Raises:
             FileAccessError: the file cannot be written.
         """
-        save_histograms(path, self._histograms, {"fingerprint": asdict(self._fingerprint)})
+        shapes = {
+            name: [[list(shape), count] for shape, count in seen.items()] for name, seen in self._input_shapes.items()
+        }
+        description = {"fingerprint": asdict(self._fingerprint), "input_shapes": shapes}
+        save_histograms(path, self._histograms, description)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -213,8 +246,9 @@ class Calibration:
         """
         histograms, description = load_histograms(path)
         try:
-            return cls(histograms, _fingerprint_from_json(description["fingerprint"]))
-        except (KeyError, TypeError, ValueError, CalibrationError) as error:
+            shapes = _input_shapes_from_json(description.get("input_shapes", {}))
+            return cls(histograms, _fingerprint_from_json(description["fingerprint"]), shapes)
+        except (AttributeError, KeyError, TypeError, ValueError, CalibrationError) as error:
             raise CacheFormatError(
                 f"Cannot read calibration {os.fspath(path)!r}: its description is damaged ({error!r}); "
                 "expected a file that trt-int8 calibrate wrote. Calibrate again."
@@ -234,6 +268,13 @@ def _search(method: str, percentile: float) -> tuple[Callable[[MagnitudeHistogra
             check_percentile(percentile)
             return lambda histogram: percentile_amax(histogram, percentile), (method, float(percentile))
     raise CalibrationError(f"There is no calibration method {method!r}; expected one of {', '.join(METHODS)}.")
+
+
+def _input_shapes_from_json(values: Mapping[str, Any]) -> InputShapes:
+    return {
+        str(name): {tuple(int(length) for length in shape): int(count) for shape, count in seen}
+        for name, seen in values.items()
+    }
 
 
 def _fingerprint_from_json(values: Mapping[str, Any]) -> Fingerprint:

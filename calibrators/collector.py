@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,13 @@ class ActivationStatistics:
         histograms: tensor name to histogram, in the order of the source.
         batches: number of batches.
         samples: number of samples in them.
+        input_shapes: model input to the shapes that were fed, each with its number of batches.
     """
 
     histograms: Mapping[str, MagnitudeHistogram]
     batches: int
     samples: int
+    input_shapes: Mapping[str, Mapping[tuple[int, ...], int]]
 
 
 def collect(source: ActivationSource, track: Track = untracked, total: int | None = None) -> ActivationStatistics:
@@ -47,6 +50,7 @@ def collect(source: ActivationSource, track: Track = untracked, total: int | Non
         CalibrationError: a tensor is not of a floating dtype.
     """
     counters = {tensor: MagnitudeCounter() for tensor in source.tensors}
+    shapes: dict[str, Counter[tuple[int, ...]]] = {}
     batches = 0
     samples = 0
     for activations in track(source.activations(), "calibrate", total):
@@ -60,6 +64,8 @@ def collect(source: ActivationSource, track: Track = untracked, total: int | Non
             counter.update(values)
             if counter.nonfinite:
                 raise _nonfinite(tensor, activations.batch, source.producer(tensor), values)
+        for name, shape in activations.input_shapes.items():
+            shapes.setdefault(name, Counter())[shape] += 1
         batches += 1
         samples += activations.samples
     if samples == 0:
@@ -68,7 +74,7 @@ def collect(source: ActivationSource, track: Track = untracked, total: int | Non
             "Check the path of the data and the limit on batches."
         )
     histograms = {tensor: counter.histogram() for tensor, counter in counters.items()}
-    return ActivationStatistics(histograms=histograms, batches=batches, samples=samples)
+    return ActivationStatistics(histograms=histograms, batches=batches, samples=samples, input_shapes=shapes)
 
 
 def _nonfinite(tensor: str, batch: int, node: str, values: NDArray[Any]) -> NonFiniteActivationError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -44,11 +44,13 @@ class Activations:
         batch: index of the batch, counted from 0.
         samples: number of real samples in it; rows that padded it are already cut away from `values`.
         values: tensor name to activation, any shape, any floating dtype. Valid until the next batch is asked for.
+        input_shapes: model input to the shape that was fed, rows that pad a batch included.
     """
 
     batch: int
     samples: int
     values: Mapping[str, Array]
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class ActivationSource(Protocol):

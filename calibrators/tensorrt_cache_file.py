@@ -10,6 +10,8 @@ from pathlib import Path
 
 from calibrators.files import read_bytes, write_bytes, write_text
 
+_HASH_DIGITS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class CacheOrigin:
@@ -64,7 +66,9 @@ class CacheFile:
             return None, f"its fingerprint {self._record_path.name!r} is damaged"
         differing = [key for key, value in self._record.items() if key != "tool" and found.get(key) != value]
         if differing:
-            return None, "; ".join(f"{key} was {found.get(key)!r}, is {self._record[key]!r}" for key in differing)
+            return None, "; ".join(
+                f"{key} was {_short(found.get(key))}, is {_short(self._record[key])}" for key in differing
+            )
         cache = read_bytes(self.path, "the calibration cache")
         if hashlib.sha256(cache).hexdigest() != found.get("sha256"):
             return None, "it was changed after it was written"
@@ -75,3 +79,10 @@ class CacheFile:
         write_bytes(self.path, cache)
         record = {**self._record, "batches": batches, "sha256": hashlib.sha256(cache).hexdigest()}
         write_text(self._record_path, json.dumps(record, indent=2) + "\n")
+
+
+def _short(value: object) -> str:
+    """Return a value for a message; of a hash its start, which tells it from another one."""
+    if isinstance(value, str) and len(value) >= _HASH_DIGITS and " " not in value:
+        return repr(f"{value[:12]}...")
+    return repr(value)

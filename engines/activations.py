@@ -97,7 +97,8 @@ class OnnxRuntimeActivations:
             rows = _rows(batch.feeds)
             if rows is not None and batch.samples < rows:
                 found = {name: self._real_rows(name, value, batch.samples, rows) for name, value in found.items()}
-            yield Activations(index, batch.samples, {name: found[name] for name in self.tensors})
+            shapes = {name: value.shape for name, value in batch.feeds.items()}
+            yield Activations(index, batch.samples, {name: found[name] for name in self.tensors}, shapes)
 
     def producer(self, tensor: str) -> str:
         """Name the node that produces `tensor`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from engines.errors import EngineBuildError
+from engines.errors import EngineBuildError, InferenceError
 from engines.runner import TensorSpec
 
 Shape = tuple[int, ...]
@@ -60,32 +60,55 @@ def batch_profile(inputs: Sequence[TensorSpec], minimum: int, optimum: int, maxi
     return profile
 
 
-def seen_profile(shapes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, ShapeRange]:
-    """Make a profile of the shapes seen in a stream of batches.
-
-    Args:
-        shapes: for each batch, input name to shape; all batches name the same inputs with the same rank.
+def seen_range(shapes: Mapping[Shape, int]) -> ShapeRange:
+    """Make the range of shapes of one rank, each with the number of times that it was seen.
 
     Returns:
-        Per axis the smallest and the largest length, and as optimum the shape seen most often.
+        Per axis the smallest and the largest length, and as optimum the shape seen most often; of several the largest.
+    """
+    return ShapeRange(
+        tuple(map(min, zip(*shapes, strict=True))),
+        max(shapes, key=lambda shape: (shapes[shape], math.prod(shape), shape)),
+        tuple(map(max, zip(*shapes, strict=True))),
+    )
+
+
+def seen_profile(inputs: Sequence[TensorSpec], seen: Mapping[str, Mapping[Shape, int]]) -> dict[str, ShapeRange]:
+    """Make the profile of a model with dynamic axes from the shapes that it was fed.
+
+    Its batches may shrink to one sample, whatever sizes were seen: serving wants single samples, and kernels are chosen
+    for the optimum alone.
+
+    Args:
+        inputs: the model's inputs.
+        seen: input name to the shapes that were fed, each with its number of batches.
 
     Raises:
-        EngineBuildError: there was no batch.
+        EngineBuildError: the shapes of a dynamic input are not among them, or are of several ranks.
     """
-    seen: dict[str, Counter[Shape]] = {}
-    for batch in shapes:
-        for name, shape in batch.items():
-            seen.setdefault(name, Counter())[tuple(shape)] += 1
-    if not seen:
-        raise EngineBuildError("Cannot make a profile from the data: it held no batch. Give shapes, or other data.")
-    return {
-        name: ShapeRange(
-            tuple(map(min, zip(*counts, strict=True))),
-            counts.most_common(1)[0][0],
-            tuple(map(max, zip(*counts, strict=True))),
-        )
-        for name, counts in seen.items()
-    }
+    profile: dict[str, ShapeRange] = {}
+    for spec in dynamic_inputs(inputs):
+        shapes = seen.get(spec.name, {})
+        if len({len(shape) for shape in shapes}) != 1:
+            found = (
+                f"shapes of other numbers of axes ({', '.join(map(str, shapes))})" if shapes else "none of its shapes"
+            )
+            raise EngineBuildError(
+                f"Cannot make a profile from the data: they hold {found} for input {spec}. "
+                "Give its smallest, optimal and largest shape."
+            )
+        bounds = seen_range(shapes)
+        if bounds.minimum and _is_batch_axis(spec, inputs):
+            bounds = replace(bounds, minimum=(1, *bounds.minimum[1:]))
+        profile[spec.name] = bounds
+    return profile
+
+
+def _is_batch_axis(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> bool:
+    """Tell whether an input's first axis is the batch: that of the first input that has axes, by the axis' symbol."""
+    first = spec.shape[0] if spec.shape else None
+    leader = next((other.shape[0] for other in inputs if other.shape), None)
+    return not isinstance(first, int) and first in (None, leader)
 
 
 def dynamic_inputs(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -117,6 +140,35 @@ def check_profiles(model: str, inputs: Sequence[TensorSpec], profiles: Sequence[
             problem = _misfit(known[name], shapes)
             if problem is not None:
                 raise EngineBuildError(f"Cannot build {model}: the profile of input {known[name]} {problem}: {shapes}.")
+
+
+def choose_profile(
+    engine: str, profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]], *, preferred: int = 0
+) -> int:
+    """Choose the profile that inputs of some shapes run in.
+
+    Args:
+        engine: its name, for the message.
+        profiles: at least one.
+        shapes: shape of each input.
+        preferred: index of the profile that is taken where several fit.
+
+    Returns:
+        The index of the first that holds all the shapes, unless the preferred one does.
+
+    Raises:
+        InferenceError: none holds them; names the smallest, the optimal and the largest shape of each.
+    """
+    order = sorted(range(len(profiles)), key=lambda index: index != preferred)
+    for index in order:
+        if all(shapes[name] in bounds for name, bounds in profiles[index].items()):
+            return index
+    name = next(name for name, bounds in profiles[0].items() if shapes[name] not in bounds)
+    ranges = " or ".join(str(profile[name]) for profile in profiles)
+    raise InferenceError(
+        f"{engine}: input {name!r} has shape {tuple(shapes[name])}; the engine was built for {ranges}. "
+        "Feed a shape within, or build the engine with a wider profile."
+    )
 
 
 def _misfit(spec: TensorSpec, shapes: ShapeRange) -> str | None:

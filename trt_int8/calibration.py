@@ -81,7 +81,7 @@ def calibrate(
         batches=collected.batches,
         samples=collected.samples,
     )
-    return Calibration(collected.histograms, fingerprint)
+    return Calibration(collected.histograms, fingerprint, collected.input_shapes)
 
 
 def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:

@@ -114,6 +114,7 @@ class TestValues:
         assert made == []
         first = next(running)
         assert (made, first.batch, first.samples, first.values["trunk"].shape) == ([3], 0, 3, (3, 4, 8, 8))
+        assert first.input_shapes == {"x": (3, 3, 8, 8)}
         second = next(running)
         assert (made, second.batch, second.samples, second.values["trunk"].shape) == ([3, 1], 1, 1, (1, 4, 8, 8))
         assert list(running) == []

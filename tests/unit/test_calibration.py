@@ -194,6 +194,57 @@ def test_merging_different_tensors_is_refused() -> None:
         make_calibration().merge(other)
 
 
+SHAPES = {"x": {(4, 3): 2, (1, 3): 1}, "ids": {(4,): 3}}
+
+
+def with_shapes(shapes: Any = SHAPES) -> Calibration:
+    plain = make_calibration()
+    return Calibration({name: plain.histogram(name) for name in plain.tensors}, FINGERPRINT, shapes)
+
+
+def test_the_shapes_that_were_fed_are_kept(tmp_path: Path) -> None:
+    """They survive the file and pickling, and cannot be changed from outside; the hash does not depend on them."""
+    calibration = with_shapes()
+    calibration.save(tmp_path / "c.npz")
+
+    for restored in (Calibration.load(tmp_path / "c.npz"), pickle.loads(pickle.dumps(calibration))):
+        assert restored.input_shapes == SHAPES
+        assert restored.sha256 == calibration.sha256 == make_calibration().sha256
+    with pytest.raises(TypeError):
+        calibration.input_shapes["x"][9, 9] = 1  # type: ignore[index]
+    assert make_calibration().input_shapes == {}
+
+
+def test_merging_adds_the_batches_of_each_shape() -> None:
+    """Shapes that only one side saw go along, and neither side changes."""
+    one, other = with_shapes(), with_shapes({"x": {(4, 3): 5, (2, 3): 1}})
+
+    assert one.merge(other).input_shapes == {"x": {(4, 3): 7, (1, 3): 1, (2, 3): 1}, "ids": {(4,): 3}}
+    assert other.merge(one).input_shapes == one.merge(other).input_shapes
+    assert one.input_shapes == SHAPES
+
+
+def test_the_order_in_which_shapes_came_does_not_change_the_file(tmp_path: Path) -> None:
+    """Equal calibrations are equal files."""
+    with_shapes({"x": {(4, 3): 2, (1, 3): 1}}).save(tmp_path / "a.npz")
+    with_shapes({"x": {(1, 3): 1, (4, 3): 2}}).save(tmp_path / "b.npz")
+
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_file_that_does_not_tell_the_shapes_is_read(tmp_path: Path) -> None:
+    """Its mapping is empty; everything else is there."""
+    path = tmp_path / "c.npz"
+    with_shapes().save(path)
+    with np.load(path) as arrays:
+        text = json.loads(arrays["header"].tobytes())
+    del text["input_shapes"]
+    loaded = Calibration.load(rewritten(path, header=header(**text)))
+
+    assert loaded.input_shapes == {}
+    assert_equal(loaded, with_shapes())
+
+
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     """Every histogram, the order of the tensors and the fingerprint come back."""
     calibration = make_calibration(data=("d1", "ü"))
@@ -338,6 +389,9 @@ def test_contradictions_inside_are_refused(tmp_path: Path) -> None:
         {"header": header(**{**text, "fingerprint": {}})},
         {"header": header(**{**text, "fingerprint": "g1"})},
         {"header": header(**{**text, "fingerprint": {**text["fingerprint"], "samples": "many"}})},
+        {"header": header(**{**text, "input_shapes": ["x"]})},
+        {"header": header(**{**text, "input_shapes": {"x": [[4, 3], 2]}})},
+        {"header": header(**{**text, "input_shapes": {"x": [[["four"], 2]]}})},
         {"nonfinite": good["nonfinite"] + 1},
     ]
     for change in changes:

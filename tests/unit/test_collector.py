@@ -52,6 +52,20 @@ def test_statistics_of_every_tensor() -> None:
     assert b.counts.tolist() == [1, 1, 1]
 
 
+def test_batches_of_each_input_shape_are_counted() -> None:
+    """An input that only some batches have is counted in those."""
+
+    class Shaped(Replay):
+        def activations(self) -> Iterator[Activations]:
+            for shapes in ({"x": (4, 3), "y": ()}, {"x": (4, 3)}, {"x": (1, 3)}):
+                yield Activations(0, 1, {"a": np.ones(1)}, shapes)
+
+    statistics = collect(Shaped(("a",), []))
+
+    assert statistics.input_shapes == {"x": {(4, 3): 2, (1, 3): 1}, "y": {(): 1}}
+    assert collect(Replay(("a",), [{"a": np.ones(1)}])).input_shapes == {}
+
+
 def test_only_the_tensors_asked_for() -> None:
     """What a batch holds besides is ignored, whatever its dtype."""
     statistics = collect(Replay(("x",), [{"x": np.ones(1), "ids": np.array([1])}]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engines.errors import EngineBuildError
-from engines.profiles import ShapeRange, batch_profile, check_profiles, dynamic_inputs, seen_profile
+from engines.profiles import ShapeRange, batch_profile, check_profiles, dynamic_inputs, seen_profile, seen_range
 from engines.runner import TensorSpec
 
 FLOAT = np.dtype(np.float32)
@@ -42,13 +42,54 @@ def test_batch_sizes_do_not_tell_other_axes(spec: TensorSpec) -> None:
         batch_profile([spec], 1, 2, 4)
 
 
-def test_a_profile_from_what_was_seen() -> None:
-    """Smallest and largest length per axis, and the shape that came most often."""
-    batches = [{"text": (4, 10)}, {"text": (4, 12)}, {"text": (4, 10)}, {"text": (2, 11)}]
+def test_a_range_of_what_was_seen() -> None:
+    """Smallest and largest length per axis, and the shape that came most often; of several the largest."""
+    assert seen_range({(4, 10): 2, (4, 12): 1, (2, 11): 1}) == ShapeRange((2, 10), (4, 10), (4, 12))
+    assert seen_range({(4, 10): 1, (2, 21): 1, (4, 9): 1}) == ShapeRange((2, 9), (2, 21), (4, 21))
+    assert seen_range({(3, 4): 1, (4, 3): 1}).optimum == (4, 3)
 
-    assert seen_profile(batches) == {"text": ShapeRange((2, 10), (4, 10), (4, 12))}
-    with pytest.raises(EngineBuildError, match="held no batch"):
-        seen_profile([])
+
+def test_a_profile_of_what_was_seen() -> None:
+    """The batch may shrink to one sample, other axes keep to what was seen, and fixed inputs need no range."""
+    seen = {"text": {(4, 10): 2, (4, 12): 1}, "fixed": {(1, 4): 3}, "unknown": {(9,): 1}}
+
+    assert seen_profile([TEXT, FIXED], seen) == {"text": ShapeRange((1, 10), (4, 10), (4, 12))}
+    assert seen_profile([FIXED], {}) == {}
+
+
+def test_the_batch_axis_is_known_by_its_symbol() -> None:
+    """The first axis of the first input that has axes; of other inputs where it has that name, or none."""
+    inputs = [
+        TensorSpec("scalar", FLOAT, ()),
+        TEXT,
+        TensorSpec("mask", FLOAT, ("batch", "length")),
+        TensorSpec("table", FLOAT, ("rows", 2)),
+        TensorSpec("unnamed", FLOAT, (None, 2)),
+    ]
+    seen = {"text": {(4, 6): 1}, "mask": {(4, 6): 1}, "table": {(7, 2): 1}, "unnamed": {(4, 2): 1}}
+    profile = seen_profile(inputs, seen)
+
+    assert {name: bounds.minimum for name, bounds in profile.items()} == {
+        "text": (1, 6),
+        "mask": (1, 6),
+        "table": (7, 2),
+        "unnamed": (1, 2),
+    }
+    assert seen_profile([TensorSpec("x", FLOAT, (4, "length"))], {"x": {(4, 6): 1}})["x"].minimum == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("seen", "problem"),
+    [
+        ({}, "they hold none of its shapes for input text: float32"),
+        ({"image": {(1, 3, 8, 8): 1}}, "none of its shapes"),
+        ({"text": {(1, 2): 1, (1, 2, 3): 1}}, r"other numbers of axes \(\(1, 2\), \(1, 2, 3\)\)"),
+    ],
+)
+def test_shapes_that_do_not_make_a_profile(seen: dict[str, dict[tuple[int, ...], int]], problem: str) -> None:
+    """The input is named."""
+    with pytest.raises(EngineBuildError, match=problem):
+        seen_profile([TEXT], seen)
 
 
 def test_profiles_that_fit_pass() -> None:
