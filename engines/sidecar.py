@@ -28,6 +28,10 @@ FORMAT = 1
 """Version of the sidecar's own format."""
 
 
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""What plan files are called; every other model file is taken for ONNX."""
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     """What a plan is bound to.
@@ -147,6 +151,11 @@ class Sidecar:
         )
         fields["warnings"] = tuple(fields["warnings"])
         return cls(**fields)
+
+
+def is_engine(model: str | os.PathLike[str]) -> bool:
+    """Tell by a file's name whether it is a TensorRT plan."""
+    return Path(model).suffix.lower() in ENGINE_SUFFIXES
 
 
 def sidecar_path(plan: str | os.PathLike[str]) -> Path:

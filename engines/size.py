@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from calibrators.errors import FileAccessError
 from engines.onnxrt import load_header
+from engines.sidecar import is_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class ModelSize:
     Attributes:
         name: file name.
         file_bytes: size of the file and of its external data.
-        weight_bytes: bytes of initializers by data type, largest first.
+        weight_bytes: bytes of initializers by data type, largest first; empty for a TensorRT plan, which does not tell.
         ratio: how many times smaller the file is than the reference; 1 for the reference itself.
     """
 
@@ -37,7 +38,7 @@ class ModelSize:
 
 
 def measure_sizes(models: list[str | os.PathLike[str]]) -> tuple[ModelSize, ...]:
-    """Measure ONNX files; the first one is the reference of the ratios.
+    """Measure ONNX files and TensorRT plans; the first one is the reference of the ratios.
 
     Raises:
         FileAccessError: a file, or its external data, is missing.
@@ -46,10 +47,14 @@ def measure_sizes(models: list[str | os.PathLike[str]]) -> tuple[ModelSize, ...]
     measured: list[ModelSize] = []
     for model in models:
         path = Path(model)
-        header = load_header(path)
-        total = path.stat().st_size + sum(_external_bytes(path, name) for name in external_files(header))
+        if is_engine(path):
+            total, weights = _plan_bytes(path), {}
+        else:
+            header = load_header(path)
+            total = path.stat().st_size + sum(_external_bytes(path, name) for name in external_files(header))
+            weights = _weight_bytes(header)
         reference = measured[0].file_bytes if measured else total
-        measured.append(ModelSize(path.name, total, _weight_bytes(header), reference / total))
+        measured.append(ModelSize(path.name, total, weights, reference / total))
     return tuple(measured)
 
 
@@ -59,6 +64,13 @@ def external_files(model: onnx.ModelProto) -> list[str]:
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return sorted(names)
+
+
+def _plan_bytes(plan: Path) -> int:
+    try:
+        return plan.stat().st_size
+    except OSError as error:
+        raise FileAccessError(f"Cannot measure the engine {str(plan)!r}: {error.strerror}.") from error
 
 
 def _external_bytes(model: Path, name: str) -> int:

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import onnx
 
 from calibrators.files import atomic_path, write_bytes
 from calibrators.protocols import Track, untracked
-from calibrators.tensorrt import ImplicitCalibrator
+from calibrators.tensorrt import ImplicitCalibrator, StreamingCalibrator
 from engines.device import Device, open_device
 from engines.errors import EngineBuildError
 from engines.onnxrt import load_header, tensor_specs
@@ -33,6 +33,7 @@ from engines.profiles import Profile, ShapeRange, check_profiles
 from engines.runner import TensorSpec
 from engines.sidecar import Environment, Provenance, Sidecar, sha256_of_model, write_sidecar
 from engines.size import external_files
+from engines.trt_checks import check_driver, open_builder, require_calibrators
 from engines.trt_log import LogLines, tensorrt_log
 from engines.trt_options import BuildOptions
 from engines.trt_progress import progress_monitor
@@ -68,6 +69,7 @@ def build_engine(
     calibrator: ImplicitCalibrator | None = None,
     calibration_shapes: Mapping[str, Sequence[int]] | None = None,
     calibration: Provenance | None = None,
+    shown: Path | None = None,
     device: Device | None = None,
     track: Track = untracked,
 ) -> BuiltEngine:
@@ -81,9 +83,11 @@ def build_engine(
             either for each layer.
         calibration_shapes: shape of each dynamic input in the calibrator's batches; the first profile's optimum where
             None.
-        calibration: where the scales come from, for the sidecar.
+        calibration: where the scales come from, for the sidecar; without a hash it gets that of the calibration cache
+            that the calibrator served or wrote.
+        shown: the file that messages name, where `model` was made from it; `model` where None.
         device: the GPU; opened for the build where None.
-        track: shows the progress. With a calibrator, its own progress is shown in place of the builder's.
+        track: shows the progress. A calibrator that streams data shows its own in place of the builder's.
 
     Raises:
         FileAccessError: the model is missing, or the output cannot be written.
@@ -97,15 +101,17 @@ def build_engine(
     file, target = Path(model), Path(output)
     header = load_header(file)
     inputs, _ = tensor_specs(header)
-    check_types(file, header, options.precision, implicit=calibrator is not None)
-    check_profiles(repr(str(file)), inputs, options.profiles)
+    check_types(shown or file, header, options.precision, implicit=calibrator is not None)
+    check_profiles(repr(str(shown or file)), inputs, options.profiles)
     trt = require("tensorrt", "build a TensorRT engine")
     with ExitStack() as stack:
         gpu = device or stack.enter_context(open_device())
-        build = _Build(trt, gpu, file, header, options)
+        check_driver(gpu)
+        build = _Build(trt, gpu, file, shown or file, header, options)
         log = stack.enter_context(tensorrt_log(trt).listen())
         plan, seconds = build.run(log, calibrator, calibration_shapes, track)
         notes = (*build.notes, *log.warnings, *(calibrator.notes if calibrator is not None else ()))
+        served = {} if calibrator is None else {"calibration_batches": calibrator.batches_delivered}
         sidecar = Sidecar(
             plan_bytes=plan.nbytes,
             plan_sha256=hashlib.sha256(plan).hexdigest(),
@@ -119,8 +125,8 @@ def build_engine(
             ),
             model=file.name,
             model_sha256=sha256_of_model([file, *(file.parent / name for name in external_files(header))]),
-            calibration=calibration,
-            options=options.to_json() | {"implicit": calibrator is not None},
+            calibration=_provenance(calibration, calibrator),
+            options=options.to_json() | {"implicit": calibrator is not None, **served},
             build_seconds=seconds,
             warnings=notes,
         )
@@ -130,18 +136,16 @@ def build_engine(
     return BuiltEngine(target, sidecar, seconds, notes)
 
 
-def has_calibrators(trt: Any) -> bool:
-    """Tell whether this TensorRT release has INT8 calibrators: 10 and older do."""
-    return hasattr(trt, "IInt8Calibrator")
-
-
 class _Build:
     """One build: the objects that TensorRT needs alive together, and the steps in their order."""
 
-    def __init__(self, trt: Any, device: Device, file: Path, header: onnx.ModelProto, options: BuildOptions) -> None:
+    def __init__(
+        self, trt: Any, device: Device, file: Path, shown: Path, header: onnx.ModelProto, options: BuildOptions
+    ) -> None:
         self._trt = trt
         self._device = device
         self._file = file
+        self._shown = shown
         self._header = header
         self._options = options
         self.inputs: tuple[TensorSpec, ...] = ()
@@ -157,22 +161,15 @@ class _Build:
     ) -> tuple[Any, float]:
         """Return the plan (a buffer) and the seconds that it took."""
         trt = self._trt
-        if calibrator is not None and not has_calibrators(trt):
-            raise EngineBuildError(
-                f"Cannot build {str(self._file)!r} with a calibrator: TensorRT {trt.__version__} has none, they were "
-                "removed in TensorRT 11; expected 10 or older. Run `trt-int8 quantize` and build its result without "
-                "--implicit."
-            )
-        try:
-            builder = trt.Builder(tensorrt_log(trt).logger)
-        except TypeError as error:  # the bindings' word for "TensorRT returned nothing"
-            raise self._failed("cannot start", log, "Check the driver with `trt-int8 doctor`.") from error
+        if calibrator is not None:
+            require_calibrators(trt, self._shown)
+        builder = open_builder(trt, self._device, self._shown, self._options.precision)
         network = builder.create_network(0 if calibrator is not None else _strongly_typed(trt))
         self._parse(network, log)
         header_inputs, header_outputs = tensor_specs(self._header)
         self.inputs = network_specs(trt, [network.get_input(i) for i in range(network.num_inputs)], header_inputs)
         self.outputs = network_specs(trt, [network.get_output(i) for i in range(network.num_outputs)], header_outputs)
-        check_profiles(repr(str(self._file)), self.inputs, self._options.profiles)
+        check_profiles(repr(str(self._shown)), self.inputs, self._options.profiles)
         config = self._config(builder, log)
         if calibrator is not None:
             self._calibrate_with(builder, config, calibrator, calibration_shapes)
@@ -182,7 +179,8 @@ class _Build:
             return log.interrupted or (calibrator is not None and calibrator.error is not None)
 
         name = f"build {self._options.precision}"
-        monitor = progress_monitor(trt, name, untracked if calibrator is not None else track, stop)
+        shows_itself = isinstance(calibrator, StreamingCalibrator)
+        monitor = progress_monitor(trt, name, untracked if shows_itself else track, stop)
         config.progress_monitor = monitor
         start = time.perf_counter()
         plan = builder.build_serialized_network(network, config)
@@ -208,9 +206,9 @@ class _Build:
         problems = list(dict.fromkeys(_parser_problem(error) for error in errors))
         text = "; ".join(problems[:3]) or log.quote()
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        opset = opset_of(self._header, self._file)
+        opset = opset_of(self._header, self._shown)
         raise EngineBuildError(
-            f"TensorRT {self._trt.__version__} cannot take {str(self._file)!r} (opset {opset}): "
+            f"TensorRT {self._trt.__version__} cannot take {str(self._shown)!r} (opset {opset}): "
             f"{text}{more}. Export the model without these operators, or with another opset.",
             log_lines=log.texts,
         )
@@ -252,11 +250,6 @@ class _Build:
         self, builder: Any, config: Any, calibrator: ImplicitCalibrator, shapes: Mapping[str, Sequence[int]] | None
     ) -> None:
         trt, options = self._trt, self._options
-        if not builder.platform_has_fast_int8:
-            raise EngineBuildError(
-                f"Cannot build {str(self._file)!r} with INT8: {self._device.name} (compute capability "
-                f"{self._device.compute_capability}) has no INT8 hardware. Build it as fp16 or fp32."
-            )
         config.set_flag(trt.BuilderFlag.INT8)
         if options.precision == "int8+fp16":
             config.set_flag(trt.BuilderFlag.FP16)
@@ -287,10 +280,16 @@ class _Build:
 
     def _failed(self, what: str, log: LogLines, advice: str) -> EngineBuildError:
         return EngineBuildError(
-            f"TensorRT {self._trt.__version__} {what} {str(self._file)!r} as {self._options.precision}: "
+            f"TensorRT {self._trt.__version__} {what} {str(self._shown)!r} as {self._options.precision}: "
             f"{log.quote()}. {advice}",
             log_lines=log.texts,
         )
+
+
+def _provenance(calibration: Provenance | None, calibrator: ImplicitCalibrator | None) -> Provenance | None:
+    if calibration is None or calibration.sha256 is not None or calibrator is None or calibrator.cache is None:
+        return calibration
+    return replace(calibration, sha256=hashlib.sha256(calibrator.cache).hexdigest())
 
 
 def _strongly_typed(trt: Any) -> int:
@@ -303,6 +302,8 @@ def _parser_problem(error: Any) -> str:
 
 
 def _advice(log: LogLines) -> str:
+    if any("int8 support" in text.lower() for text in log.errors):
+        return "Build it as fp16 or fp32."
     if any("memory" in text.lower() for text in log.errors):
         return "Lower the workspace limit or the profile's largest shape, or free device memory."
     return "The error's log_lines hold the rest of TensorRT's log."

@@ -36,7 +36,7 @@ def check_types(file: Path, header: onnx.ModelProto, precision: Precision, *, im
             f"Cannot build {str(file)!r}: its Q/DQ nodes were placed for ONNX Runtime's CPU kernels. "
             "Quantize the FP32 model again with --target tensorrt."
         )
-    quantized, half = _types(header)
+    quantized, half = held_types(header)
     if implicit:
         if precision not in ("int8", "int8+fp16"):
             raise EngineBuildError(f"A calibrator serves the precisions int8 and int8+fp16, not {precision}.")
@@ -55,7 +55,7 @@ def check_types(file: Path, header: onnx.ModelProto, precision: Precision, *, im
         )
 
 
-def _types(header: onnx.ModelProto) -> tuple[bool, bool]:
+def held_types(header: onnx.ModelProto) -> tuple[bool, bool]:
     """Tell whether a model holds Q/DQ nodes, and whether it holds FP16 tensors."""
     quantized = half = False
     for graph in nested_graphs(header.graph):

@@ -2,7 +2,8 @@
 
 The public names are resolved when they are first used, so that `import trt_int8` costs nothing:
 
-    from trt_int8 import export_onnx, calibrate, quantize, convert_fp16, benchmark, compare, Pipeline, Calibration
+    from trt_int8 import export_onnx, calibrate, quantize, convert_fp16, build_engine, benchmark, compare
+    from trt_int8 import Pipeline, Calibration
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ __all__ = [
     "Pipeline",
     "__version__",
     "benchmark",
+    "build_engine",
     "calibrate",
     "compare",
     "convert_fp16",
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         Calibration,
         Pipeline,
         benchmark,
+        build_engine,
         calibrate,
         compare,
         convert_fp16,

@@ -17,8 +17,8 @@ import typer
 
 from trt_int8 import __version__, siblings
 from trt_int8.cli_cache import cache
-from trt_int8.cli_measure import bench, compare
-from trt_int8.cli_models import calibrate, export, quantize
+from trt_int8.cli_measure import bench, compare, inspect
+from trt_int8.cli_models import build, calibrate, export, quantize
 
 app = typer.Typer(
     name="trt-int8",
@@ -32,21 +32,29 @@ app = typer.Typer(
 app.add_typer(cache, name="cache")
 
 
-BackendName = Literal["auto", "onnxruntime"]
+BackendName = Literal["auto", "onnxruntime", "tensorrt"]
+BackendOption = Annotated[
+    BackendName, typer.Option("--backend", help="What runs the models; auto takes TensorRT where a GPU is.")
+]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """PyTorch models to measured, explained INT8 and FP16 models."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("trt_int8").setLevel(logging.DEBUG if verbose else logging.INFO)
 
@@ -54,13 +62,14 @@ def root(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder of the run.")] = Path("runs/demo"),
+    backend: BackendOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep the stages that are done.")] = False,
 ) -> None:
     """Run all stages on scikit-learn's handwritten digits."""
     from trt_int8.demo.configuration import demo_config
     from trt_int8.progress import track
 
-    _run(demo_config(output, track=track), output, resume=resume)
+    _run(demo_config(output, track=track), output, backend=backend, resume=resume)
 
 
 @app.command()
@@ -68,15 +77,14 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Written by `trt-int8 init`.")],
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run (default runs/NAME).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: a.b=c.")] = None,
-    backend: Annotated[BackendName, typer.Option("--backend", help="What runs the models.")] = "auto",
+    backend: BackendOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep the stages that are done.")] = False,
 ) -> None:
     """Run all stages on the model that a configuration names."""
     from trt_int8.config import load_config
 
     settings = load_config(config, set_ or [])
-    _note(f"backend: onnxruntime ({'as asked' if backend == 'onnxruntime' else 'the only one of this version'})")
-    _run(settings, output, resume=resume)
+    _run(settings, output, backend=backend, resume=resume)
 
 
 @app.command()
@@ -94,7 +102,7 @@ def init(
     typer.echo(f"{output}: edit it, then `trt-int8 run {output}`")
 
 
-for _command in (export, calibrate, quantize, bench, compare):
+for _command in (export, calibrate, quantize, build, bench, compare, inspect):
     app.command()(_command)
 
 
@@ -137,13 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(config: Any, output: Path | None, *, resume: bool) -> None:
+def _run(config: Any, output: Path | None, *, backend: BackendName, resume: bool) -> None:
     from trt_int8.console import console
     from trt_int8.pipeline import Pipeline
     from trt_int8.progress import track
     from trt_int8.summary import summarize_run
 
-    pipeline = Pipeline(config, output=output, resume=resume, track=track, announce=_note)
+    pipeline = Pipeline(config, output=output, backend=backend, resume=resume, track=track, announce=_note)
+    _note(f"backend: {pipeline.backend.name} ({pipeline.backend.reason})")
     data_log = logging.getLogger("trt_int8.data")
     level = data_log.level
     data_log.setLevel(logging.WARNING)  # a run opens the same data several times; once would do to say what is not fed

@@ -1,4 +1,4 @@
-"""The commands that make models: export, calibrate, quantize."""
+"""The commands that make models: export, calibrate, quantize, build."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from trt_int8.cli_options import (
 )
 
 ResidualName = Literal["int8", "float"]
+QuantizedName = Literal["int8", "int8+fp16"]
 TensorsName = Literal["quantized", "all"]
+EngineName = Literal["fp32", "tf32", "fp16", "int8", "int8+fp16"]
+CalibratorWord = Literal["entropy2", "minmax", "percentile"]
+CompatibilityName = Literal["none", "ampere_plus", "same_compute_capability"]
+ShortBatchName = Literal["drop", "pad"]
 
 
 def export(
@@ -118,6 +123,9 @@ def quantize(
     method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
     percentile: PercentileOption = 99.99,
     target: Annotated[TargetName, typer.Option("--target", help="Whose kernels.")] = "tensorrt",
+    precision: Annotated[
+        QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16.")
+    ] = "int8",
     residual: Annotated[ResidualName, typer.Option("--residual", help="Skip input of residual Adds.")] = "int8",
     exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")] = None,
     data: OptionalData = None,
@@ -138,6 +146,7 @@ def quantize(
         method=method,
         percentile=percentile,
         target=target,
+        precision=precision,
         residual=residual,
         exclude=exclude or [],
         data=data,
@@ -148,9 +157,114 @@ def quantize(
     decisions = result.placement.decisions
     typer.echo(
         f"{result.path}: {len(decisions) - len(result.held_back)} of {len(decisions)} weighted nodes in INT8, "
-        f"{len(result.scales)} Q/DQ pairs on activations, target {result.target}, method {result.method}"
+        f"{len(result.scales)} Q/DQ pairs on activations, target {result.target}, precision {result.precision}, "
+        f"method {result.method}"
     )
     for decision in result.held_back:
         typer.echo(f"float: {decision.node} ({decision.op_type}): {decision.reason}")
+    for node in result.held:
+        typer.echo(f"fp32: {node.node} ({node.op_type}): {node.reason}")
     for line in [*result.notes, *(result.auto.reasons if result.auto is not None else ())]:
+        typer.echo(line)
+
+
+def build(
+    model: ModelArgument,
+    precision: Annotated[EngineName, typer.Option("--precision", help="What the engine computes in.")] = "int8",
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write into.")] = Path("engines"),
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Scales, FP16 range and shapes of an FP32 model."),
+    ] = None,
+    method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
+    percentile: PercentileOption = 99.99,
+    residual: Annotated[ResidualName, typer.Option("--residual", help="Skip input of residual Adds.")] = "int8",
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")] = None,
+    force: ForceOption = False,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="MIN,OPT,MAX", help="Batches it takes (default: as calibrated).")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME=MIN,OPT,MAX", help="Of an input: x=1x3x32x32,8x3x32x32,64x3x32x32."),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", metavar="MIB", min=1, help="Most device memory of a kernel.")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option("--optimization-level", min=0, max=5, help="How long TensorRT searches (default 3).")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="FILE", help="Kept kernel times (default DIR/timing.cache)."),
+    ] = None,
+    no_timing_cache: Annotated[bool, typer.Option("--no-timing-cache", help="Keep no kernel times.")] = False,
+    hardware_compatibility: Annotated[
+        CompatibilityName, typer.Option("--hardware-compatibility", help="Other GPUs it must run on.")
+    ] = "none",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Newer TensorRT must be able to load it.")
+    ] = False,
+    implicit: Annotated[
+        bool, typer.Option("--implicit", help="INT8 by a calibrator of TensorRT's (10 and older).")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="With --implicit: what to calibrate on, as for calibrate."),
+    ] = None,
+    calibrator: Annotated[
+        CalibratorWord | None, typer.Option("--calibrator", help="With --data: which one (default entropy2).")
+    ] = None,
+    batch_size: BatchSize = None,
+    max_batches: Annotated[int, typer.Option("--max-batches", min=1, help="Read so many batches at most.")] = 1000,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="FILE", help="With --data: kept scales (default DIR/MODEL.CALIBRATOR.cache)."),
+    ] = None,
+    preprocessing: PreprocessingOption = None,
+    data_id: Annotated[
+        str | None,
+        typer.Option("--data-id", help="Name of data that come from code, so that their scales are read back."),
+    ] = None,
+    short_batch: Annotated[
+        ShortBatchName, typer.Option("--short-batch", help="Of a batch that lacks samples, in --data.")
+    ] = "drop",
+) -> None:
+    """Build a TensorRT engine from a model and its calibration."""
+    from trt_int8.build_options import parse_batch, parse_shapes, summary_lines
+    from trt_int8.building import build_engine
+    from trt_int8.errors import UsageError
+    from trt_int8.progress import track
+
+    if no_timing_cache and timing_cache is not None:
+        raise UsageError("--no-timing-cache contradicts --timing-cache; give one of them.")
+    built = build_engine(
+        model,
+        output,
+        precision=precision,
+        calibration=calibration,
+        method=method,
+        percentile=percentile,
+        residual=residual,
+        exclude=exclude or [],
+        force=force,
+        shapes=parse_shapes(shape or []),
+        batch=None if batch is None else parse_batch(batch),
+        workspace_bytes=None if workspace is None else workspace * 2**20,
+        optimization_level=optimization_level,
+        timing_cache=None if no_timing_cache else timing_cache or output / "timing.cache",
+        hardware_compatibility=hardware_compatibility,
+        version_compatible=version_compatible,
+        implicit=implicit,
+        data=data,
+        calibrator=calibrator,
+        batch_size=batch_size,
+        max_batches=max_batches,
+        cache=cache,
+        preprocessing=read_preprocessing(preprocessing),
+        data_id=data_id,
+        short_batch=short_batch,
+        track=track,
+    )
+    for line in summary_lines(built, precision):
         typer.echo(line)

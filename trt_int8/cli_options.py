@@ -34,6 +34,7 @@ CalibrationOption = Annotated[Path, typer.Option("--calibration", metavar="FILE"
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside an operator.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 PercentileOption = Annotated[float, typer.Option("--percentile", help="Of --method percentile.")]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Load engines that no sidecar vouches for.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use a calibration of another graph or other weights.")]
 
 

@@ -51,6 +51,7 @@ def test_public_names():
         "Calibration",
         "Pipeline",
         "benchmark",
+        "build_engine",
         "calibrate",
         "compare",
         "convert_fp16",

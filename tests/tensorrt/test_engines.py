@@ -48,8 +48,15 @@ def models(tiny_model: Path) -> dict[str, Path]:
     folder = tiny_model.parent
     calibration = calibrate(tiny_model, BATCHES)
     quantize(tiny_model, calibration, output=folder / "int8.onnx", method="minmax", target="tensorrt")
+    quantize(tiny_model, calibration, output=folder / "mixed.onnx", method="minmax", precision="int8+fp16")
     convert_fp16(tiny_model, calibration, output=folder / "fp16.onnx")
-    return {"fp32": tiny_model, "tf32": tiny_model, "fp16": folder / "fp16.onnx", "int8": folder / "int8.onnx"}
+    return {
+        "fp32": tiny_model,
+        "tf32": tiny_model,
+        "fp16": folder / "fp16.onnx",
+        "int8": folder / "int8.onnx",
+        "int8+fp16": folder / "mixed.onnx",
+    }
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def engine(tiny_model: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "int8", "int8+fp16"])
 def test_engines_answer_as_their_models_do(
     models: dict[str, Path], run_model: Callable[..., Any], precision: Any, tmp_path: Path
 ) -> None:
@@ -74,7 +81,7 @@ def test_engines_answer_as_their_models_do(
             answer = runner.infer(feeds)["logits"]
             expected = run_model(models[precision], feeds)["logits"]
             assert answer.dtype == np.float32
-            np.testing.assert_allclose(answer, expected, atol=2e-3 if precision == "fp16" else 1e-4)
+            np.testing.assert_allclose(answer, expected, atol=2e-3 if "fp16" in precision else 1e-4)
 
 
 def test_the_sidecar_tells_the_engines_origin(models: dict[str, Path], tmp_path: Path) -> None:
@@ -204,6 +211,7 @@ def test_a_model_of_other_types_is_refused(models: dict[str, Path], tmp_path: Pa
         ("fp16", "int8", "it holds Q/DQ nodes; expected FP16 tensors"),
         ("fp32", "fp16", "it holds FP16 tensors; expected float32 alone"),
         ("int8+fp16", "int8", "expected Q/DQ nodes and FP16 tensors"),
+        ("int8", "int8+fp16", "it holds Q/DQ nodes and FP16 tensors; expected Q/DQ nodes"),
     ):
         model = models[name]
         with pytest.raises(EngineBuildError, match=found):

@@ -32,6 +32,8 @@ def test_single_model_needs_no_list(tiny_model: Path) -> None:
     [
         ({"target": "gpu"}, "target is 'gpu'; expected 'tensorrt' or 'cpu'"),
         ({"residual": "half"}, "residual is 'half'; expected 'int8' or 'float'"),
+        ({"precision": "fp16"}, r"precision is 'fp16'; expected 'int8' or 'int8\+fp16'"),
+        ({"precision": "int8+fp16", "target": "cpu"}, r"Cannot write int8\+fp16 for the target cpu: .*tensorrt"),
     ],
 )
 def test_unknown_word_for_quantize(

@@ -1,0 +1,72 @@
+"""The options of `trt-int8 build` that are more than a word or a number, and its result as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.device import SIMULATED
+from engines.profiles import ShapeRange
+from engines.trt_builder import BuiltEngine
+from trt_int8.errors import UsageError
+
+_BOUNDS = 3
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """Read `--batch 1,8,32`.
+
+    Raises:
+        UsageError: it is not three whole numbers.
+    """
+    try:
+        minimum, optimum, maximum = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--batch is {text!r}; expected the smallest, optimal and largest batch: --batch 1,8,32."
+        ) from error
+    return minimum, optimum, maximum
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, ShapeRange]:
+    """Read `--shape image=1x3x224x224,8x3x224x224,32x3x224x224` for each input.
+
+    Raises:
+        UsageError: one of them is not a name and three shapes, or a name comes twice.
+    """
+    ranges: dict[str, ShapeRange] = {}
+    for text in texts:
+        name, _, shapes = text.rpartition("=")
+        try:
+            bounds = [tuple(int(length) for length in shape.split("x")) for shape in shapes.split(",")]
+        except ValueError:
+            bounds = []
+        if not name or len(bounds) != _BOUNDS or name in ranges:
+            raise UsageError(
+                f"--shape is {text!r}{', an input that was named before' if name in ranges else ''}; expected an input "
+                "and its smallest, optimal and largest shape: --shape image=1x3x224x224,8x3x224x224,32x3x224x224."
+            )
+        ranges[name] = ShapeRange(*bounds)
+    return ranges
+
+
+def summary_lines(built: BuiltEngine, precision: str) -> list[str]:
+    """Return what a user wants to know of a new engine, a line each."""
+    sidecar = built.sidecar
+    place = sidecar.environment
+    lines = [
+        f"{built.path}: {precision}, {sidecar.plan_bytes} bytes, built in {built.seconds:.1f} s",
+        f"  TensorRT {place.tensorrt} on {place.gpu} (compute capability {place.compute_capability})",
+    ]
+    if place.gpu == SIMULATED:
+        lines.append("  SIMULATED device: this is no GPU, and no figure of this engine is a GPU's")
+    if sidecar.calibration is not None:
+        origin = sidecar.calibration
+        hashed = "" if origin.sha256 is None else f", sha256 {origin.sha256[:16]}"
+        lines.append(f"  scales: {origin.method}{hashed}")
+    for profile in sidecar.profiles:
+        ranges = [f"{name} {ShapeRange(*shapes)}" for name, shapes in profile.items()]
+        lines.append(f"  profile: {'; '.join(ranges)}")
+    if not sidecar.profiles:
+        lines.append(f"  shapes: {'; '.join(map(str, sidecar.inputs))}")
+    lines.append(f"  given to TensorRT: {sidecar.model}")
+    return [*lines, *(f"  note: {note}" for note in built.notes)]
