@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +15,10 @@ from engines.device import SIMULATED, Device, DeviceLibrary, open_device
 from engines.errors import DeviceError, EngineLoadError, InferenceError
 from engines.onnxrt import check_feeds
 from engines.optional import require
+from engines.profiles import Shape, dynamic_inputs
 from engines.runner import TensorSpec
 from engines.sidecar import Environment, check_environment, read_plan
+from engines.trt_checks import check_driver
 from engines.trt_log import tensorrt_log
 from engines.trt_session import EngineSession
 from engines.trt_types import numpy_dtype
@@ -36,6 +38,7 @@ class TensorRTRunner:
 
     Attributes:
         sidecar: what is known about the plan; None where only the user vouches for it.
+        profiles: its optimization profiles: name of a dynamic input to its smallest, optimal and largest shape.
         graph_fallback: why runs are not launched as a CUDA graph though that was asked for; None where they are, or
             before the first run.
 
@@ -66,10 +69,12 @@ class TensorRTRunner:
         _, self.sidecar = read_plan(self.path, trust=trust)
         if self.sidecar is not None:
             self.inputs, self.outputs = self.sidecar.inputs, self.sidecar.outputs
+            self.profiles: Sequence[Mapping[str, Sequence[Shape]]] = self.sidecar.profiles
             self.simulated = self.sidecar.environment.gpu == SIMULATED
         else:
             with self._engine() as (trt, engine, device):
                 self.inputs, self.outputs = engine_specs(trt, engine)
+                self.profiles = engine_profiles(engine, dynamic_inputs(self.inputs))
                 self.simulated = device.simulated
 
     @property
@@ -136,6 +141,7 @@ class TensorRTRunner:
         trt = require("tensorrt", f"run the engine {self.name}")
         content, sidecar = read_plan(self.path, trust=self._trust)
         with open_device(self._library) as device, tensorrt_log(trt).listen() as log:
+            check_driver(device)
             if sidecar is not None:
                 check_environment(self.path, sidecar, Environment.of(trt, device))
             runtime = trt.Runtime(tensorrt_log(trt).logger)
@@ -166,3 +172,16 @@ def engine_specs(trt: Any, engine: Any) -> tuple[tuple[TensorSpec, ...], tuple[T
         side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
         side.append(TensorSpec(name, dtype, shape))
     return tuple(inputs), tuple(outputs)
+
+
+def engine_profiles(engine: Any, inputs: Iterable[TensorSpec]) -> tuple[dict[str, tuple[Shape, ...]], ...]:
+    """Read an engine's optimization profiles for these inputs, as a sidecar holds them."""
+    return tuple(
+        {
+            spec.name: tuple(
+                tuple(int(length) for length in shape) for shape in engine.get_tensor_profile_shape(spec.name, index)
+            )
+            for spec in inputs
+        }
+        for index in range(engine.num_optimization_profiles)
+    )

@@ -14,7 +14,7 @@ from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch
 from engines.device import Device
 from engines.errors import DeviceError, EngineLoadError, InferenceError
-from engines.profiles import ShapeRange
+from engines.profiles import ShapeRange, choose_profile
 from engines.trt_log import LogLines
 from engines.trt_types import numpy_dtype
 
@@ -61,7 +61,8 @@ class _Tensor:
 class EngineSession:
     """Runs an engine on one stream: `bind`, `copy_in`, `execute`, `copy_out`, `synchronize`, `results`, in that order.
 
-    The steps only queue work, so that each can be timed by events around it; `execute` may be repeated.
+    The steps only queue work, so that each can be timed by events around it; `execute` may be repeated. `copy_in` is
+    `stage`, the host's part of it, and `upload`, the stream's.
 
     Args:
         trt: the module `tensorrt`.
@@ -70,14 +71,20 @@ class EngineSession:
         name: of the engine, for messages.
         log: collects TensorRT's log as long as the session lives.
 
+    Attributes:
+        name: of the engine.
+        device: where it runs.
+        device_memory_bytes: scratch memory of the execution context; weights, inputs and outputs are not in it.
+
     Raises:
         EngineLoadError: the context needs more device memory than there is, or the engine is of a kind that is not
             supported here.
     """
 
     def __init__(self, trt: Any, engine: Any, device: Device, name: str, log: LogLines) -> None:
-        self._device = device
-        self._name = name
+        self.device = device
+        self.name = name
+        self.device_memory_bytes = int(engine.device_memory_size_v2)
         self._log = log
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         on_host = [tensor for tensor in names if engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE]
@@ -90,7 +97,7 @@ class EngineSession:
         if self._context is None:
             raise EngineLoadError(
                 f"Cannot run the engine {name}: TensorRT could not make a context, which takes "
-                f"{engine.device_memory_size_v2} bytes of device memory ({log.quote()}). Free device memory, or build "
+                f"{self.device_memory_bytes} bytes of device memory ({log.quote()}). Free device memory, or build "
                 "the engine with a lower workspace limit or a smaller largest shape."
             )
         inputs = [tensor for tensor in names if engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT]
@@ -112,6 +119,7 @@ class EngineSession:
         self._output_allocator = _output_allocator_class(trt)
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._output_shapes: dict[str, tuple[int, ...] | None] = {}
+        self._staged: dict[str, Array] = {}
         self._graph: GraphLaunch | None = None
 
     @property
@@ -139,7 +147,7 @@ class EngineSession:
         self._choose_profile(wanted)
         for name, shape in wanted.items():
             if name in self._dynamic and not self._context.set_input_shape(name, shape):
-                raise InferenceError(f"{self._name} does not take {shape} for {name!r}: {self._log.quote()}.")
+                raise InferenceError(f"{self.name} does not take {shape} for {name!r}: {self._log.quote()}.")
             tensor = self._inputs[name]
             tensor.buffer.reserve_device(int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize)
             self._context.set_tensor_address(name, tensor.buffer.address)
@@ -159,10 +167,19 @@ class EngineSession:
 
     def copy_in(self, feeds: Mapping[str, Array]) -> None:
         """Copy the inputs into pinned memory, and queue their copies to the device."""
+        self.stage(feeds)
+        self.upload()
+
+    def stage(self, feeds: Mapping[str, Array]) -> None:
+        """Copy inputs of the bound shapes into pinned memory; earlier copies from there must be complete."""
         for name, tensor in self._inputs.items():
-            host = tensor.buffer.host(feeds[name].shape, tensor.dtype)
-            np.copyto(host, feeds[name])
-            self._device.to_device(tensor.buffer.address, host)
+            self._staged[name] = tensor.buffer.host(feeds[name].shape, tensor.dtype)
+            np.copyto(self._staged[name], feeds[name])
+
+    def upload(self) -> None:
+        """Queue the copies of what was staged to the device."""
+        for name, host in self._staged.items():
+            self.device.to_device(self._inputs[name].buffer.address, host)
 
     def execute(self) -> None:
         """Queue one run of the engine.
@@ -175,11 +192,11 @@ class EngineSession:
             return
         for allocator in self._allocators.values():
             allocator.error = None
-        if not self._context.execute_async_v3(self._device.stream):
+        if not self._context.execute_async_v3(self.device.stream):
             for allocator in self._allocators.values():
                 if allocator.error is not None:
-                    raise InferenceError(f"{self._name} failed: {allocator.error}") from allocator.error
-            raise InferenceError(f"{self._name} failed in TensorRT: {self._log.quote()}.")
+                    raise InferenceError(f"{self.name} failed: {allocator.error}") from allocator.error
+            raise InferenceError(f"{self.name} failed in TensorRT: {self._log.quote()}.")
 
     def copy_out(self) -> None:
         """Queue the copies of all outputs into pinned memory; shapes known only now are read first."""
@@ -188,7 +205,7 @@ class EngineSession:
                 shape = self._allocators[name].shape
             else:
                 shape = self._output_shapes[name]
-            self._device.to_host(tensor.buffer.host(shape, tensor.dtype), tensor.buffer.address)
+            self.device.to_host(tensor.buffer.host(shape, tensor.dtype), tensor.buffer.address)
 
     def results(self) -> dict[str, Array]:
         """Return copies of the outputs, after `synchronize`."""
@@ -205,7 +222,7 @@ class EngineSession:
         Raises:
             DeviceError: some of it failed.
         """
-        self._device.synchronize()
+        self.device.synchronize()
 
     def capture(self) -> str | None:
         """Capture `execute` at the bound shapes as a CUDA graph, until other shapes are bound.
@@ -219,7 +236,7 @@ class EngineSession:
         if unknown:
             return f"the shape of output {unknown[0]!r} is known only after the run"
         try:
-            self._graph = self._device.capture(self.execute)
+            self._graph = self.device.capture(self.execute)
         except (DeviceError, InferenceError) as error:
             return str(error)
         return None
@@ -231,30 +248,19 @@ class EngineSession:
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
-            self._device.synchronize()
+            self.device.synchronize()
             self._graph.release()
             self._graph = None
 
     def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        def fits(profile: Mapping[str, ShapeRange]) -> bool:
-            return all(shapes[name] in bounds for name, bounds in profile.items())
-
         active = self._context.active_optimization_profile
-        order = sorted(range(len(self._profiles)), key=lambda index: index != active)
-        chosen = next((index for index in order if fits(self._profiles[index])), None)
-        if chosen is None:
-            name = next(name for name, bounds in self._profiles[0].items() if shapes[name] not in bounds)
-            ranges = " or ".join(str(profile[name]) for profile in self._profiles)
-            raise InferenceError(
-                f"{self._name}: input {name!r} has shape {shapes[name]}; the engine was built for {ranges}. "
-                "Feed a shape within, or build the engine with a wider profile."
-            )
+        chosen = choose_profile(self.name, self._profiles, shapes, preferred=active)
         if chosen != active:
             # The old profile's shapes and addresses may still be in use by queued work.
-            self._device.synchronize()
-            if not self._context.set_optimization_profile_async(chosen, self._device.stream):
-                raise InferenceError(f"{self._name} cannot switch to profile {chosen}: {self._log.quote()}.")
-            self._device.synchronize()
+            self.device.synchronize()
+            if not self._context.set_optimization_profile_async(chosen, self.device.stream):
+                raise InferenceError(f"{self.name} cannot switch to profile {chosen}: {self._log.quote()}.")
+            self.device.synchronize()
 
 
 def _shape_range(shapes: Sequence[Sequence[int]]) -> ShapeRange:

@@ -4,29 +4,32 @@ All runners stay open in one process and take turns: A B C, C B A, A B C, ... A 
 then slows every candidate alike, and a comparison *within* a round still holds; `trt_int8.timing` draws its speed-ups
 and their intervals from the rounds.
 
-A time is one call of `Runner.infer`, arrays in, arrays out. Warm-up is dropped, and so is the first inference of each
-turn, which finds the caches full of another model's weights. Python's garbage collector is off meanwhile.
+Among engines a time is a run on the GPU, by the GPU's clock (`trt_int8.gpu_timing`). As soon as one candidate is run by
+ONNX Runtime, a time is one call of `Runner.infer` for all of them, arrays in, arrays out, so that like is compared with
+like. Warm-up is dropped, and so is the first inference of each turn, which finds the caches full of another model's
+weights. Python's garbage collector is off meanwhile.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import cycle, islice
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibrators.protocols import Batch, Track, untracked
+from engines.gpu_monitor import GpuMonitor
 from engines.runner import Runner
-from trt_int8.errors import ConfigError, DataError
-from trt_int8.feeds import batch_input
+from engines.trt_runner import TensorRTRunner
+from trt_int8.benchmark_result import BenchmarkResult, TimedCandidate
+from trt_int8.errors import ConfigError, DataError, DeviceError, MissingDependencyError, UsageError
+from trt_int8.feeds import batch_input, describe
+from trt_int8.gpu_timing import EngineStopwatch, GpuFigures
 from trt_int8.machine import describe_machine
-from trt_int8.timing import CONFIDENCE, Latency, Speedup, estimate_speedup, summarize
+from trt_int8.stopwatch import Clock, HostStopwatch, Stopwatch, Timed, Times, garbage_collection_off
+from trt_int8.timing import estimate_speedup, summarize
+from trt_int8.timing_warnings import clock_warnings, engine_warnings, shape_warnings, spread_warnings
 
 BENCHMARK_BATCHES = 16
 """Batches to cycle through: enough that no cache knows them, few enough to hold."""
@@ -34,111 +37,12 @@ BENCHMARK_BATCHES = 16
 MIN_ROUNDS = 5
 """Fewer rounds give the bootstrap nothing to draw from."""
 
-MIN_ITERATIONS = 3
-"""Inferences of a turn, however slow the model: their median shrugs off one hiccup."""
-
-STEADY_CV_PERCENT = 2.5
-"""Above this spread trtexec warns of unstable clocks."""
-
-Clock = Callable[[], int]
-
-
-@dataclass(frozen=True, slots=True)
-class TimedCandidate:
-    """One model's row.
-
-    Attributes:
-        name: the runner's name.
-        execution: "exact" or "native", see `engines.runner.Runner`.
-        simulated: whether another machine's model was only simulated here.
-        threads: threads inside an operator; None for the runtime's default (ONNX Runtime: one per physical core) and
-            where the word has no meaning.
-        latency: times over all rounds.
-        samples_per_s: samples per second over all timed calls: batch size / mean time, so late calls count.
-        speedup: against the first candidate.
-        verdict: the speed-up in words; empty for the first candidate.
-        note: what the reader of these times must know; empty where there is nothing.
-    """
-
-    name: str
-    execution: str
-    simulated: bool
-    threads: int | None
-    latency: Latency
-    samples_per_s: float
-    speedup: Speedup
-    verdict: str
-    note: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data, in the shape of `benchmark.json`'s candidates."""
-        return {
-            "name": self.name,
-            "median_ms": self.latency.median_ms,
-            "p90_ms": self.latency.p90_ms,
-            "p95_ms": self.latency.p95_ms,
-            "p99_ms": self.latency.p99_ms,
-            "mean_ms": self.latency.mean_ms,
-            "cv_percent": self.latency.cv_percent,
-            "iterations": self.latency.iterations,
-            "samples_per_s": self.samples_per_s,
-            "speedup": self.speedup.ratio,
-            "speedup_low": self.speedup.low,
-            "speedup_high": self.speedup.high,
-            "simulated": self.simulated,
-            "execution": self.execution,
-            "threads": self.threads,
-            "verdict": self.verdict,
-            "note": self.note,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class BenchmarkResult:
-    """Several models' times, taken together.
-
-    Attributes:
-        candidates: one row per model, in the order given; the first is the reference.
-        rounds: number of rounds.
-        batch_size: samples per inference.
-        inputs: input name to the shape that was fed; of the first batch where several differ.
-        seed: seed of the bootstrap.
-        machine: `describe_machine()`.
-        warnings: what speaks against trusting the figures, one sentence each.
-    """
-
-    candidates: tuple[TimedCandidate, ...]
-    rounds: int
-    batch_size: int
-    inputs: dict[str, tuple[int, ...]]
-    seed: int
-    machine: dict[str, Any]
-    warnings: tuple[str, ...]
-
-    @property
-    def reference(self) -> TimedCandidate:
-        """The candidate that the others are measured against."""
-        return self.candidates[0]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data: the content of `benchmark.json`."""
-        return {
-            "rounds": self.rounds,
-            "machine": self.machine,
-            "candidates": [candidate.to_json() for candidate in self.candidates],
-            "reference": self.reference.name,
-            "batch_size": self.batch_size,
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-            "confidence": CONFIDENCE,
-            "seed": self.seed,
-            "warnings": list(self.warnings),
-        }
-
 
 def time_side_by_side(
     runners: Sequence[Runner],
     feeds: Sequence[Batch],
     *,
+    transfers: bool | None = None,
     rounds: int = 20,
     budget_s: float = 10.0,
     warmup_s: float = 0.2,
@@ -150,17 +54,21 @@ def time_side_by_side(
 
     Args:
         runners: the candidates; the first is what the others are compared with.
-        feeds: batches, used in turn. Those of another batch size than the first are left out, with a warning.
+        feeds: batches, used in turn. Those of another batch size than the first are left out, with a warning; with an
+            engine among the runners, those of another shape.
+        transfers: of engines: whether a time holds the copies to and from the GPU. None leaves them out among engines,
+            and times everything by the host's clock beside a runner of another kind.
         rounds: how often each runner takes its turn.
         budget_s: seconds for all rounds together, shared evenly. A slow model takes longer: each turn has at least
-            `MIN_ITERATIONS` inferences.
+            `trt_int8.stopwatch.MIN_ITERATIONS` inferences. The energy of each engine takes a second or two more.
         warmup_s: seconds of untimed inference per runner before the first round.
         seed: seed of the bootstrap.
         track: shows the progress.
-        clock: nanoseconds from any fixed point.
+        clock: the host's clock.
 
     Raises:
-        ConfigError: no runners, too few rounds, or a time that is not positive.
+        ConfigError: no runners, too few rounds, a time that is not positive, or runners with different inputs.
+        UsageError: transfers are to be left out of the times of a runner that is no engine.
         DataError: no batches.
         InferenceError: a runner does not take the batches.
     """
@@ -172,79 +80,179 @@ def time_side_by_side(
         raise ConfigError(f"Cannot benchmark for {budget_s} s after {warmup_s} s: expected times above 0.")
     if not feeds:
         raise DataError("Cannot benchmark: the data gave no batches; expected at least one.")
+    _check_same_inputs(runners)
+    timed = _what_is_timed(runners, transfers)
     batch_size = _batch_size(runners[0], feeds[0])
-    used = [batch for batch in feeds if _batch_size(runners[0], batch) == batch_size]
+    used, left_out = _alike(runners, feeds, batch_size)
     turn_ns = budget_s * 1e9 / (rounds * len(runners))
-    turns: list[list[NDArray[np.int64]]] = [[] for _ in runners]
+    turns: list[list[Times]] = [[] for _ in runners]
     with ExitStack() as stack:
         opened = [stack.enter_context(runner) for runner in runners]
-        stack.enter_context(_garbage_collection_off())
-        iterations = [max(MIN_ITERATIONS, int(turn_ns / _warm_up(runner, used, warmup_s, clock))) for runner in opened]
+        stack.enter_context(garbage_collection_off())
+        for runner in opened:  # one that cannot run is found before any is timed
+            runner.infer(used[0])
+        monitor, notes = _open_monitor(stack, opened)
+        stopwatches = [_stopwatch(runner, used, clock, timed, monitor) for runner in opened]
+        for stopwatch in stopwatches:
+            stopwatch.warm_up(warmup_s, turn_ns)
         for number in track(range(rounds), "benchmark", rounds):
             order = range(len(opened)) if number % 2 == 0 else reversed(range(len(opened)))
             for index in order:
-                opened[index].infer(used[0])
-                turns[index].append(_timed(opened[index], used, iterations[index], clock))
+                turns[index].append(stopwatches[index].take_turn(number))
+        engines = {
+            index: stopwatch for index, stopwatch in enumerate(stopwatches) if isinstance(stopwatch, EngineStopwatch)
+        }
+        if monitor is not None:
+            for engine in track(engines.values(), "energy", len(engines)):
+                engine.measure_energy()
+        figures = {index: engine.figures(batch_size) for index, engine in engines.items()}
 
     times = [np.stack(turn) for turn in turns]
-    warnings = [_spread_warning([runner.name for runner in runners], times)]
-    if len(used) < len(feeds):
-        warnings.append(
-            f"{len(feeds) - len(used)} of {len(feeds)} batches do not have {batch_size} samples and were left out"
-        )
     return BenchmarkResult(
-        candidates=tuple(_candidate(runners, times, index, batch_size, seed) for index in range(len(runners))),
+        candidates=tuple(
+            _candidate(runners, times, index, batch_size, seed, timed, figures.get(index))
+            for index in range(len(runners))
+        ),
+        timed=timed,
         rounds=rounds,
         batch_size=batch_size,
-        inputs={name: value.shape for name, value in used[0].items()},
+        inputs=_shapes(used[0]),
         seed=seed,
         machine=describe_machine(),
-        warnings=tuple(filter(None, warnings)),
+        warnings=(*_warnings(runners, times, figures, used[0], timed), *left_out),
+        notes=notes,
     )
 
 
+def built_for(runners: Sequence[Runner]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of dynamic inputs that the first engine has its kernels for; none where there is no engine."""
+    engine = next((runner for runner in runners if isinstance(runner, TensorRTRunner)), None)
+    if engine is None:
+        return {}
+    return {name: optimum for profile in engine.profiles[:1] for name, (_, optimum, _) in profile.items()}
+
+
 def _candidate(
-    runners: Sequence[Runner], times_ns: Sequence[NDArray[np.int64]], index: int, batch_size: int, seed: int
+    runners: Sequence[Runner],
+    times: Sequence[Times],
+    index: int,
+    batch_size: int,
+    seed: int,
+    timed: Timed,
+    gpu: GpuFigures | None,
 ) -> TimedCandidate:
     """Make the row of `runners[index]` out of the times of all, each of shape (rounds, iterations of a turn)."""
     runner, reference = runners[index], runners[0]
-    latency = summarize(times_ns[index])
-    speedup = estimate_speedup(np.median(times_ns[0], axis=1), np.median(times_ns[index], axis=1), seed)
+    latency = summarize(times[index])
+    speedup = estimate_speedup(np.median(times[0], axis=1), np.median(times[index], axis=1), seed)
+    verdict = ""
+    if index and (_on_simulated_device(runner) or _on_simulated_device(reference)):
+        verdict = f"{runner.name} against {reference.name}: no verdict, the device is SIMULATED"
+    elif index:
+        verdict = speedup.verdict(runner.name, reference.name)
+    queued = timed == "gpu compute" and gpu is not None
     return TimedCandidate(
         name=runner.name,
         execution=runner.execution,
         simulated=runner.simulated,
+        precision=_precision(runner),
         threads=getattr(runner, "threads", None),  # no part of the protocol: a GPU has no such setting
         latency=latency,
-        samples_per_s=1000 * batch_size / latency.mean_ms,
+        samples_per_s=gpu.samples_per_s if gpu is not None and queued else 1000 * batch_size / latency.mean_ms,
         speedup=speedup,
-        verdict=speedup.verdict(runner.name, reference.name) if index else "",
+        verdict=verdict,
         note=_note(runner),
+        gpu=gpu,
     )
 
 
 def _note(runner: Runner) -> str:
+    if _on_simulated_device(runner):
+        return "run on a SIMULATED device: its figures say nothing about any GPU"
     if runner.simulated:
         return "INT8 simulated in float on ONNX Runtime: this time says nothing about TensorRT"
     if runner.execution == "exact":
         return "run with graph optimizations off, slower than ONNX Runtime can"
+    if _precision(runner) == "tf32":
+        return "TF32: inputs of matrix products are rounded to 10 bits of mantissa; FP32 proper is slower"
     return ""
 
 
-def _spread_warning(names: Sequence[str], times_ns: Sequence[NDArray[np.int64]]) -> str:
-    """Warn where median times wander from round to round; single late calls are the percentiles' business."""
-    medians = [np.median(times, axis=1) for times in times_ns]
-    spreads = [100 * float(values.std() / values.mean()) for values in medians]
-    unsteady = [
-        f"{name} by {spread:.1f} %" for name, spread in zip(names, spreads, strict=True) if spread > STEADY_CV_PERCENT
-    ]
-    if not unsteady:
-        return ""
-    return (
-        f"median times varied from round to round: {', '.join(unsteady)} (coefficient of variation; steady clocks stay "
-        f"within {STEADY_CV_PERCENT} %): other work or changing clocks on this machine. "
-        "Trust the ratios and their intervals, not the milliseconds"
-    )
+def _warnings(
+    runners: Sequence[Runner],
+    times: Sequence[Times],
+    figures: dict[int, GpuFigures],
+    feeds: Batch,
+    timed: Timed,
+) -> Iterator[str]:
+    if timed != "gpu compute":  # compute times have a rule of their own
+        yield from spread_warnings([runner.name for runner in runners], times)
+    for index, gpu in figures.items():
+        runner = runners[index]
+        if isinstance(runner, TensorRTRunner):
+            yield from shape_warnings(runner.name, runner.profiles, feeds)
+        if gpu.graph_fallback is not None:
+            yield f"{runner.name} ran without a CUDA graph: {gpu.graph_fallback}"
+        if not runner.simulated:
+            yield from engine_warnings(runner.name, gpu)
+    yield from clock_warnings(list(figures.values()))
+
+
+def _stopwatch(
+    runner: Runner, feeds: Sequence[Batch], clock: Clock, timed: Timed, monitor: GpuMonitor | None
+) -> Stopwatch:
+    if isinstance(runner, TensorRTRunner):
+        return EngineStopwatch(runner, feeds, clock, timed=timed, monitor=monitor)
+    return HostStopwatch(runner, feeds, clock)
+
+
+def _open_monitor(stack: ExitStack, runners: Sequence[Runner]) -> tuple[GpuMonitor | None, tuple[str, ...]]:
+    """Open the monitor of the GPU that engines run on, or say why it cannot be; a simulated one has none."""
+    engine = next((runner for runner in runners if isinstance(runner, TensorRTRunner)), None)
+    if engine is None or engine.simulated:
+        return None, ()
+    try:
+        return stack.enter_context(GpuMonitor(engine.session.device.pci_bus_id)), ()
+    except (MissingDependencyError, DeviceError) as error:
+        return None, (str(error),)
+
+
+def _what_is_timed(runners: Sequence[Runner], transfers: bool | None) -> Timed:
+    other = next((runner.name for runner in runners if not isinstance(runner, TensorRTRunner)), None)
+    if other is None:
+        return "with transfers" if transfers else "gpu compute"
+    if transfers is False:
+        raise UsageError(
+            f"Cannot leave transfers out of the times (transfers=False, --no-transfers): {other} is no TensorRT "
+            "engine, and its times hold all copies. Time engines alone, or leave the option out."
+        )
+    return "host"
+
+
+def _check_same_inputs(runners: Sequence[Runner]) -> None:
+    first = runners[0]
+    expected = {spec.name: spec.dtype for spec in first.inputs}
+    for runner in runners[1:]:
+        if {spec.name: spec.dtype for spec in runner.inputs} != expected:
+            raise ConfigError(
+                f"Cannot time {runner.name} beside {first.name}: its inputs are {describe(runner.inputs)}; expected "
+                f"the names and types of {describe(first.inputs)}, as both are fed the same batches. Time them apart."
+            )
+
+
+def _alike(runners: Sequence[Runner], feeds: Sequence[Batch], batch_size: int) -> tuple[list[Batch], tuple[str, ...]]:
+    """Return the batches that all can be timed on, and a warning where some are left out.
+
+    An engine binds its buffers, and captures its graph, for one shape; doing so anew would be timed.
+    """
+    used = [batch for batch in feeds if _batch_size(runners[0], batch) == batch_size]
+    what = f"{batch_size} samples"
+    if any(isinstance(runner, TensorRTRunner) for runner in runners):
+        used = [batch for batch in used if _shapes(batch) == _shapes(feeds[0])]
+        what = "the first one's shapes"
+    if len(used) == len(feeds):
+        return used, ()
+    return used, (f"{len(feeds) - len(used)} of {len(feeds)} batches do not have {what} and were left out",)
 
 
 def _batch_size(runner: Runner, feeds: Batch) -> int:
@@ -254,38 +262,14 @@ def _batch_size(runner: Runner, feeds: Batch) -> int:
     return 1 if value is None or value.ndim == 0 else len(value)
 
 
-def _warm_up(runner: Runner, feeds: Sequence[Batch], seconds: float, clock: Clock) -> float:
-    """Run untimed for `seconds`; return the median nanoseconds of an inference once it is warm."""
-    times: list[int] = []
-    end = clock() + seconds * 1e9
-    for batch in cycle(feeds):
-        start = clock()
-        runner.infer(batch)
-        stop = clock()
-        times.append(stop - start)
-        if stop >= end and len(times) >= MIN_ITERATIONS:
-            break
-    return max(float(np.median(times[len(times) // 2 :])), 1.0)
+def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in batch.items()}
 
 
-def _timed(runner: Runner, feeds: Sequence[Batch], iterations: int, clock: Clock) -> NDArray[np.int64]:
-    """Return the nanoseconds of each of `iterations` inferences; every turn starts with the first batch."""
-    infer = runner.infer
-    times: list[int] = []
-    for batch in islice(cycle(feeds), iterations):
-        start = clock()
-        infer(batch)
-        times.append(clock() - start)
-    return np.array(times, dtype=np.int64)
+def _on_simulated_device(runner: Runner) -> bool:
+    return isinstance(runner, TensorRTRunner) and runner.simulated
 
 
-@contextmanager
-def _garbage_collection_off() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _precision(runner: Runner) -> str | None:
+    sidecar = runner.sidecar if isinstance(runner, TensorRTRunner) else None
+    return None if sidecar is None else sidecar.precision

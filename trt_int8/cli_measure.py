@@ -1,4 +1,4 @@
-"""The commands that measure models: bench, compare."""
+"""The commands that measure models: bench, compare, inspect."""
 
 from __future__ import annotations
 
@@ -15,25 +15,34 @@ from trt_int8.cli_options import (
     OptionalData,
     PreprocessingOption,
     ThreadsOption,
+    TrustOption,
     read_preprocessing,
     write_json,
 )
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; the first is the reference.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="ONNX files and engines; the first is the reference.")
+    ],
     data: OptionalData = None,
     batch_size: BatchSize = None,
     preprocessing: PreprocessingOption = None,
-    execution: Annotated[ExecutionName | None, typer.Option("--execution", help="For all models.")] = None,
+    execution: Annotated[ExecutionName | None, typer.Option("--execution", help="For all ONNX files.")] = None,
     threads: ThreadsOption = None,
+    transfers: Annotated[
+        bool | None,
+        typer.Option("--transfers/--no-transfers", help="Engines: time copies to and from the GPU too, or not."),
+    ] = None,
+    no_cuda_graph: Annotated[bool, typer.Option("--no-cuda-graph", help="Engines: launch kernel by kernel.")] = False,
+    trust: TrustOption = False,
     rounds: Annotated[int, typer.Option("--rounds", min=5, help="Interleaved rounds.")] = 20,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time for all rounds.")] = 10.0,
     json_file: JsonOption = None,
 ) -> None:
     """Time models side by side, in interleaved rounds."""
     from trt_int8.api import benchmark
-    from trt_int8.console import benchmark_table, console
+    from trt_int8.console import benchmark_table, console, gpu_state
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
@@ -46,6 +55,9 @@ def bench(
         preprocessing=read_preprocessing(preprocessing),
         execution=execution,
         threads=threads,
+        transfers=transfers,
+        cuda_graph=not no_cuda_graph,
+        trust=trust,
         rounds=rounds,
         budget_s=seconds,
         track=track,
@@ -53,7 +65,9 @@ def bench(
     write_json(json_file, result)
     out = console()
     out.print(benchmark_table(result))
-    for line in [row["verdict"] for row in result["candidates"][1:]] + result["warnings"]:
+    state = [line] if (line := gpu_state(result)) else []
+    verdicts = [row["verdict"] for row in result["candidates"][1:]]
+    for line in state + verdicts + result["warnings"] + result["notes"]:
         typer.echo(line)
     for row in result["candidates"]:
         if row["note"]:
@@ -61,15 +75,16 @@ def bench(
 
 
 def compare(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="FP32 ONNX file.")],
-    candidates: Annotated[list[Path], typer.Argument(metavar="CANDIDATE...", help="ONNX files.")],
+    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="ONNX file or engine, FP32.")],
+    candidates: Annotated[list[Path], typer.Argument(metavar="CANDIDATE...", help="ONNX files and engines.")],
     data: DataOption,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help="Array of class labels.")] = None,
     batch_size: BatchSize = None,
     max_batches: Annotated[int | None, typer.Option("--max-batches", min=1, help="Use only so many.")] = None,
     preprocessing: PreprocessingOption = None,
-    execution: Annotated[ExecutionName | None, typer.Option("--execution", help="Of the candidates.")] = None,
+    execution: Annotated[ExecutionName | None, typer.Option("--execution", help="Of ONNX candidates.")] = None,
     threads: ThreadsOption = None,
+    trust: TrustOption = False,
     save_to: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Save for Polygraphy here.")] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -91,8 +106,51 @@ def compare(
         preprocessing=read_preprocessing(preprocessing),
         execution=execution,
         threads=threads,
+        trust=trust,
         save_to=save_to,
         track=track,
     ).to_json()
     write_json(json_file, result)
     console().print(accuracy_table(result))
+
+
+def inspect(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="TensorRT engine.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FILE", help="ONNX file it was built from (default: beside it).")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="ENGINE", help="Another engine of the same network.")
+    ] = None,
+    data: OptionalData = None,
+    batch_size: BatchSize = None,
+    preprocessing: PreprocessingOption = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs that layers are timed in.")] = 20,
+    no_profile: Annotated[bool, typer.Option("--no-profile", help="Time nothing.")] = False,
+    trust: TrustOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show which layers of an engine really run in INT8, and how long each takes."""
+    from trt_int8.console import console
+    from trt_int8.inspection import inspect as stage
+    from trt_int8.inspection_tables import inspection_lines, inspection_tables
+    from trt_int8.outputs import check_output
+
+    if json_file is not None:
+        check_output(json_file, engine, model, against, data)
+    result = stage(
+        engine,
+        model=model,
+        against=against,
+        data=data,
+        batch_size=batch_size,
+        preprocessing=read_preprocessing(preprocessing),
+        runs=0 if no_profile else runs,
+        trust=trust,
+    ).to_json()
+    write_json(json_file, result)
+    out = console()
+    for table in inspection_tables(result):
+        out.print(table)
+    for line in inspection_lines(result):
+        typer.echo(line)

@@ -31,6 +31,8 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 def benchmark_table(result: Mapping[str, Any]) -> Table:
     """Show `benchmark.json`."""
+    if any(row["gpu"] for row in result["candidates"]):
+        return _engine_table(result)
     columns = ("model", "median ms", "p90", "p95", "p99", "samples/s", "speed-up", "95 % interval")
     rows = [
         (
@@ -48,13 +50,33 @@ def benchmark_table(result: Mapping[str, Any]) -> Table:
     return make_table(f"Speed ({result['rounds']} interleaved rounds)", columns, rows)
 
 
+def gpu_state(result: Mapping[str, Any]) -> str:
+    """Say in a line how the GPU was during a benchmark, of `benchmark.json`; empty where it did not tell."""
+    figures = [row["gpu"] for row in result["candidates"] if row["gpu"]]
+
+    def span(key: str) -> tuple[int, int] | None:
+        found = [gpu[key] for gpu in figures if gpu[key]]
+        return (min(item[0] for item in found), max(item[-1] for item in found)) if found else None
+
+    parts = [
+        f"{what} {found[0]}{f' to {found[1]}' if found[1] != found[0] else ''} {unit}"
+        for what, key, unit in (
+            ("multiprocessors", "clock_sm_mhz", "MHz"),
+            ("memory", "clock_memory_mhz", "MHz"),
+            ("temperature", "temperature_c", "degrees C"),
+        )
+        if (found := span(key))
+    ]
+    return f"GPU during the runs: {', '.join(parts)}" if parts else ""
+
+
 def accuracy_table(result: Mapping[str, Any]) -> Table:
     """Show `accuracy.json`."""
     columns = ("model", "samples", "top-1 %", "top-5 %", "agreement %", "SQNR dB", "cosine", "largest error")
     reference = result.get("reference_scores") or {}
     rows = [
         (
-            f"{result['reference']} (reference)",
+            f"{result['reference']} (reference{', simulated' if reference.get('simulated') else ''})",
             number(reference.get("samples"), "d"),
             number(reference.get("top1"), ".2f"),
             number(reference.get("top5"), ".2f"),
@@ -108,6 +130,34 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count} B"
+
+
+def _engine_table(result: Mapping[str, Any]) -> Table:
+    """Show a benchmark of engines, and of whatever ran beside them."""
+    what, key, title = {
+        "gpu compute": ("compute on the GPU", "latency_ms", "+ copies"),
+        "with transfers": ("with transfers", "compute_ms", "compute"),
+        "host": ("arrays in, arrays out", "compute_ms", "compute"),
+    }[result["timed"]]
+    columns = ("model", "precision", "median ms", "p99", title, "samples/s", "speed-up (95 %)", "mJ each", "MiB")
+    rows = []
+    for row in result["candidates"]:
+        gpu = row["gpu"] or {}
+        size_bytes = gpu.get("engine_bytes")
+        rows.append(
+            (
+                _name(row),
+                row["precision"] or ABSENT,
+                f"{row['median_ms']:.3f}",
+                f"{row['p99_ms']:.3f}",
+                number(gpu.get(key), ".3f"),
+                f"{row['samples_per_s']:.1f}",
+                f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
+                number(gpu.get("energy_mj_per_inference"), ".3g"),
+                number(None if size_bytes is None else size_bytes / 2**20, ".2f"),
+            )
+        )
+    return make_table(f"Speed, {what} ({result['rounds']} interleaved rounds)", columns, rows, left=2)
 
 
 def _name(row: Mapping[str, Any]) -> str:

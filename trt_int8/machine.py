@@ -29,7 +29,7 @@ PACKAGES = {
     "numpy": ("numpy",),
     "numba": ("numba",),
     "polygraphy": ("polygraphy",),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
 }
 """Package to the distributions that bring it; the first one installed gives the version."""
 
