@@ -10,7 +10,7 @@ from typing import Any
 from calibrators.protocols import Array
 from engines.onnxrt import check_feeds
 from engines.optional import require
-from engines.trt_inspector import EngineLayer, parse_layers
+from engines.trt_layers import EngineLayer, parse_layers
 from engines.trt_runner import TensorRTRunner
 
 
@@ -29,7 +29,7 @@ def inspect_engine(
     Args:
         plan: the file.
         feeds: one batch; it also settles the shapes that the layers are shown with.
-        runs: number of timed runs; one more goes before them.
+        runs: number of timed runs; one more goes before them. None is made where it is 0.
         trust: see `engines.trt_runner.TensorRTRunner`.
 
     Raises:
@@ -43,8 +43,9 @@ def inspect_engine(
         times: dict[str, float] = {}
         if feeds is not None:
             check_feeds(runner.name, runner.inputs, feeds)
-            profiler = _profiler(trt)
             session.bind({name: value.shape for name, value in feeds.items()})
+        if feeds is not None and runs:
+            profiler = _profiler(trt)
             session.copy_in(feeds)
             session.execute()
             session.synchronize()

@@ -1,8 +1,8 @@
 """A reference model and its quantized candidates on the same data: how often each is right, and how far they differ.
 
-Polygraphy's `Comparator` runs the models on its own runners, all of them at once, one batch after the other, and hands
-each batch's outputs over before it takes the next; so memory does not grow with the data. Figures come from the whole
-data (`trt_int8.metrics`), Polygraphy's own verdict from its first batches (`trt_int8.polygraphy_files`).
+Polygraphy's `Comparator` runs the models, ONNX files and engines alike, all of them at once, one batch after the other,
+and hands each batch's outputs over before it takes the next; so memory does not grow with the data. Figures come from
+the whole data (`trt_int8.metrics`), Polygraphy's own verdict from its first batches (`trt_int8.polygraphy_files`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrators.protocols import Array, Batch, Track, untracked
-from engines.onnxrt import OnnxRuntimeRunner, check_feeds
-from engines.runner import TensorSpec
-from trt_int8.errors import DataError, InferenceError, ModelError, TrtInt8Error
-from trt_int8.feeds import fixed_batch
+from engines.onnxrt import check_feeds
+from engines.runner import Runner, TensorSpec
+from trt_int8.errors import DataError, InferenceError, ModelError
+from trt_int8.feeds import batch_input
 from trt_int8.metrics import AgreementMeter, Difference, DifferenceMeter, LabelMeter, class_axis
 from trt_int8.polygraphy_files import PolygraphyCheck, Recording, quiet_polygraphy
+from trt_int8.shared_inputs import check_profile
 
 if TYPE_CHECKING:
     from polygraphy.comparator import RunResults
@@ -128,8 +129,8 @@ class AccuracyResult:
 
 
 def compare(
-    reference: OnnxRuntimeRunner,
-    candidates: Sequence[OnnxRuntimeRunner],
+    reference: Runner,
+    candidates: Sequence[Runner],
     batches: Iterable[DataBatch],
     *,
     labels: str | None = None,
@@ -154,8 +155,9 @@ def compare(
 
     Raises:
         ModelError: a candidate has other outputs than the reference, or ONNX Runtime refuses a model.
+        EngineLoadError: an engine cannot be loaded here.
         DataError: no data, or labels that are missing or do not fit the model.
-        InferenceError: a model does not take the data, or fails on it.
+        InferenceError: a model does not take the data, or fails on it; named with the batch.
         FileAccessError: the folder cannot be written to.
     """
     models = [reference, *candidates]
@@ -171,7 +173,8 @@ def compare(
     # Closed at once when something goes wrong in the loop, so that Polygraphy leaves its runners and its logger behind.
     with closing(_run(models, recording.names, track(batches, "compare", total))) as outputs:
         for batch, results in outputs:
-            meters.update(batch, [_real_rows(batch, reference, iterations[0]) for _, iterations in results])
+            rows = _rows_fed(batch, reference)
+            meters.update(batch, [_real_rows(batch, rows, iterations[0]) for _, iterations in results])
             recording.add(batch.feeds, results)
             count += 1
     if not count:
@@ -190,51 +193,43 @@ def compare(
 
 
 def _run(
-    models: Sequence[OnnxRuntimeRunner], names: Sequence[str], batches: Iterable[DataBatch]
+    models: Sequence[Runner], names: Sequence[str], batches: Iterable[DataBatch]
 ) -> Generator[tuple[DataBatch, RunResults], None, None]:
-    """Yield each batch with what Polygraphy's runners made of it; valid until the next one is asked for."""
+    """Yield each batch with what the models made of it; valid until the next one is asked for."""
     # Polygraphy imports torch at its first inference, and takes a Ctrl-C in that second for a missing package.
     import torch  # noqa: F401
-    from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator
+    from polygraphy.exception import PolygraphyException
 
-    runners = [OnnxrtRunner(model.make_session, name=name) for model, name in zip(models, names, strict=True)]
+    from trt_int8.polygraphy_runner import PolygraphyRunner
+
+    runners = [PolygraphyRunner(model, name) for model, name in zip(models, names, strict=True)]
     # Polygraphy draws its inputs from here, after this loop has read them: what goes wrong in the data is raised
     # unwrapped, and no batch outlives its turn (itertools.tee keeps up to 57).
     drawn: deque[Batch] = deque()
     inputs = iter(drawn.popleft, None)
     with quiet_polygraphy(), closing(Comparator.run(runners, data_loader=inputs, streaming=True)) as stream:
         for batch in batches:
-            for model in models:
-                # Before Polygraphy, which would cast and reshape what does not fit.
-                check_feeds(model.name, model.inputs, batch.feeds)
-            drawn.append(batch.feeds)
             try:
+                for model in models:
+                    # Before the first model is loaded, and before Polygraphy would cast and reshape what does not fit.
+                    check_feeds(model.name, model.inputs, batch.feeds)
+                    check_profile(model, {name: value.shape for name, value in batch.feeds.items()})
+                drawn.append(batch.feeds)
                 results = next(stream)
-            except TrtInt8Error:
-                raise
-            except Exception as error:  # ONNX Runtime and Polygraphy raise classes of their own, which share no base
-                raise _inference_error(models, batch, error) from error
+            except InferenceError as error:
+                raise InferenceError(f"Cannot compare on batch {batch.index}: {error}") from error
+            except PolygraphyException as error:
+                raise InferenceError(
+                    f"Cannot compare on batch {batch.index}: Polygraphy failed: {' '.join(str(error).split())}"
+                ) from error
             yield batch, results
-
-
-def _inference_error(models: Sequence[OnnxRuntimeRunner], batch: DataBatch, error: Exception) -> InferenceError:
-    """Find the model that failed: Polygraphy does not say which of its runners it was."""
-    for model in models:
-        try:
-            with model:
-                model.infer(batch.feeds)
-        except InferenceError as found:
-            return InferenceError(f"Cannot compare on batch {batch.index}: {found}")
-    return InferenceError(
-        f"Cannot compare on batch {batch.index}: {type(error).__name__}: {' '.join(str(error).split())}"
-    )
 
 
 class _Meters:
     """All the figures of one comparison, in the making."""
 
-    def __init__(self, reference: OnnxRuntimeRunner, candidates: int, labels: str | None) -> None:
+    def __init__(self, reference: Runner, candidates: int, labels: str | None) -> None:
         self._labels = labels
         self._floats = [spec.name for spec in reference.outputs if _is_float(spec)]
         self._differences = [{name: DifferenceMeter() for name in self._floats} for _ in range(candidates)]
@@ -266,7 +261,7 @@ class _Meters:
                 right.update(output[str(self._decisive)], classes)
         self._samples += batch.samples
 
-    def scores(self, model: OnnxRuntimeRunner, index: int) -> Scores:
+    def scores(self, model: Runner, index: int) -> Scores:
         """Return the scores of the model of this index; 0 is the reference."""
         right = self._right[index] if self._labels is not None else None
         return Scores(
@@ -319,7 +314,7 @@ class _Meters:
         return labels
 
 
-def check_classifies(model: OnnxRuntimeRunner, labels: str) -> None:
+def check_classifies(model: Runner, labels: str) -> None:
     """Check that a model may have an output that labels can be compared with, as far as the graph states the shapes.
 
     Args:
@@ -344,7 +339,7 @@ def check_classifies(model: OnnxRuntimeRunner, labels: str) -> None:
     )
 
 
-def _check_outputs(reference: OnnxRuntimeRunner, candidate: OnnxRuntimeRunner) -> None:
+def _check_outputs(reference: Runner, candidate: Runner) -> None:
     expected = [spec.name for spec in reference.outputs]
     found = [spec.name for spec in candidate.outputs]
     if set(expected) != set(found):
@@ -362,9 +357,14 @@ def _decides(output: Array) -> bool:
     return output.ndim >= 2 and output.shape[class_axis(output.ndim)] >= 2
 
 
-def _real_rows(batch: DataBatch, model: OnnxRuntimeRunner, outputs: Any) -> dict[str, Array]:
+def _rows_fed(batch: DataBatch, model: Runner) -> int:
+    """Count the rows of a batch, those that fill it up included."""
+    leader = batch_input(model.inputs)
+    return batch.samples if leader is None else len(batch.feeds[leader.name])
+
+
+def _real_rows(batch: DataBatch, rows: int, outputs: Any) -> dict[str, Array]:
     """Cut away what rows that fill up a fixed batch became; an output without that batch axis stays whole."""
-    rows = fixed_batch(model.inputs) or batch.samples
     return {
         name: value[: batch.samples] if value.ndim and len(value) == rows else value for name, value in outputs.items()
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,8 +25,9 @@ import numpy as np
 
 from calibrators.files import atomic_path, write_text
 from calibrators.protocols import Array, Batch
-from engines.onnxrt import OnnxRuntimeRunner
+from engines.runner import Runner
 from trt_int8.metrics import finite_or_none
+from trt_int8.polygraphy_commands import COSINE_THRESHOLD, commands_script
 
 if TYPE_CHECKING:
     from polygraphy.comparator import IterationResult, RunResults
@@ -38,16 +38,8 @@ MAX_BATCHES = 16
 MAX_BYTES = 16 * 2**20
 """Bounds of a recording: inputs and all models' outputs together. The first batch is kept whatever its size."""
 
-COSINE_THRESHOLD = 0.95
-"""Least cosine between a candidate's and the reference's output of one batch. It equals about 10 dB of signal to noise:
-coarse quantization stays above, a wrong scale or a broken layer does not."""
-
 SNR_THRESHOLD_DB = 10.0
-"""The same bound as a signal to noise ratio."""
-
-REPRODUCTION_SNR_DB = 60.0
-"""Least signal to noise ratio between two runs of one FP32 model: another processor or thread count rounds differently,
-and stays far above."""
+"""The bound of `COSINE_THRESHOLD` as a signal to noise ratio."""
 
 _DATA_LOADER = '''\
 """The batches of inputs.json, for Polygraphy's --data-loader-script."""
@@ -94,7 +86,7 @@ class Recording:
         models: the models in the order of their results; the first is the reference.
     """
 
-    def __init__(self, models: Sequence[OnnxRuntimeRunner]) -> None:
+    def __init__(self, models: Sequence[Runner]) -> None:
         self.models = tuple(models)
         self.names = file_stems([model.name for model in models])
         self._inputs: list[dict[str, Array]] = []
@@ -180,34 +172,17 @@ class Recording:
                     save_json(content, str(temporary))
         write_text(folder / "data_loader.py", _DATA_LOADER)
         commands = folder / "commands.sh"
-        write_text(commands, self._commands(Path(run_folder)))
+        script = commands_script(
+            self.models,
+            [{name: value.shape for name, value in feeds.items()} for feeds in self._inputs],
+            folder=Path(run_folder),
+            inputs=f"{FOLDER}/inputs.json",
+            loader=f"{FOLDER}/data_loader.py",
+            reference_outputs=f"{FOLDER}/{self.names[0]}_outputs.json",
+        )
+        write_text(commands, script)
         commands.chmod(commands.stat().st_mode | 0o111)
         return (*contents, folder / "data_loader.py", commands)
-
-    def _commands(self, run_folder: Path) -> str:
-        reference, *candidates = self.models
-        from_file = ["--load-inputs", f"{FOLDER}/inputs.json"]
-        from_script = ["--data-loader-script", f"{FOLDER}/data_loader.py"]
-        saved = ["--load-outputs", f"{FOLDER}/{self.names[0]}_outputs.json"]
-        same = [*saved, "--compare", "snr", "--snr-threshold", f"{REPRODUCTION_SNR_DB:g}"]
-        close = [*saved, "--compare", "cosine_similarity", "--cosine-similarity-threshold", f"{COSINE_THRESHOLD:g}"]
-        lines = [
-            "#!/usr/bin/env bash",
-            "# Polygraphy's checks of this run, on its first batches. Exit status 1: at least one of them failed.",
-            'cd "$(dirname "$0")/.." || exit',
-            "status=0",
-            "",
-            f"# {reference.name} still gives the outputs that were saved, fed from the file and from the script.",
-            _command(reference, run_folder, [*from_file, *same]),
-            _command(reference, run_folder, [*from_script, *same]),
-        ]
-        for candidate in candidates:
-            lines += [
-                "",
-                f"# {candidate.name} stays close to {reference.name}.",
-                _command(candidate, run_folder, [*from_file, *close]),
-            ]
-        return "\n".join([*lines, "", "exit $status", ""])
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
@@ -229,12 +204,6 @@ def quiet_polygraphy() -> Iterator[None]:
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         yield
-
-
-def _command(model: OnnxRuntimeRunner, run_folder: Path, options: Sequence[str]) -> str:
-    path = os.path.relpath(model.path.resolve(), run_folder.resolve())
-    how = ["--graph-optimization-level", "ORT_DISABLE_ALL"] if model.execution == "exact" else []
-    return shlex.join(["polygraphy", "run", path, "--onnxrt", *how, *options]) + " || status=1"
 
 
 def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -437,3 +437,53 @@ def test_model_that_onnx_runtime_refuses_is_named(tiny_model: Path) -> None:
 
     with pytest.raises(ModelError, match="NoSuchOperator"):
         compare(OnnxRuntimeRunner(tiny_model), [variant(tiny_model, "broken.onnx", break_it)], batches(1))
+
+
+def test_any_runner_is_compared(fake_runner: Any) -> None:
+    """The models need no file and no ONNX Runtime: y = -x against y = -1.1 x, 20 dB."""
+    reference = fake_runner("plain")
+    candidate = fake_runner("scaled", lambda x: x * np.float32(-1.1), execution="exact", simulated=True)
+
+    result = compare(reference, [candidate], of_x([[1.0, 2.0]], [[3.0, 4.0]]))
+
+    (row,) = result.candidates
+    assert row.difference.sqnr_db == pytest.approx(20.0, abs=1e-4)
+    assert (row.scores.name, row.scores.execution, row.scores.simulated) == ("scaled", "exact", True)
+
+
+def test_a_failing_runner_keeps_its_words(fake_runner: Any) -> None:
+    """The error names the batch and the model, once each, and both models are left."""
+
+    def fail(x: Any) -> Any:
+        if len(x) == 3:
+            raise InferenceError("scaled failed on the GPU: out of memory")
+        return x
+
+    models = [fake_runner("plain"), fake_runner("scaled", fail)]
+    with pytest.raises(InferenceError) as caught:
+        compare(models[0], models[1:], of_x(np.ones((2, 2)), np.ones((3, 2))))
+    assert str(caught.value) == "Cannot compare on batch 1: scaled failed on the GPU: out of memory"
+    assert not any(model._entered for model in models)
+
+
+def test_ctrl_c_in_a_model_is_no_failure_of_it(fake_runner: Any) -> None:
+    """It ends the comparison, and the models are left."""
+
+    def interrupt(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    models = [fake_runner("plain"), fake_runner("slow", interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        compare(models[0], models[1:], of_x([[1.0, 2.0]]))
+    assert not any(model._entered for model in models)
+
+
+def test_rows_that_fill_up_another_models_batch_are_left_out(fake_runner: Any) -> None:
+    """A candidate with a fixed batch has the reference fed its padding too: it counts in neither."""
+    reference, candidate = fake_runner("plain"), fake_runner("fixed", lambda x: np.where(x == 9.0, x, -x))
+    batch = DataBatch(0, 1, {"x": np.array([[1.0, 2.0], [9.0, 9.0]], np.float32)}, {}, "")
+
+    (row,) = compare(reference, [candidate], [batch]).candidates
+
+    assert row.difference.identical
+    assert row.scores.samples == 1

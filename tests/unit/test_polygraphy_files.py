@@ -17,6 +17,7 @@ from polygraphy.json import load_json
 
 from engines.onnxrt import OnnxRuntimeRunner
 from trt_int8.errors import FileAccessError
+from trt_int8.polygraphy_commands import commands_script
 from trt_int8.polygraphy_files import MAX_BATCHES, MAX_BYTES, Recording, file_stems
 
 
@@ -53,32 +54,38 @@ def result_of(name: str, **outputs: Any) -> RunResults:
     return RunResults([(name, [IterationResult(outputs, 0.1, name)])])
 
 
-def run_commands(folder: Path) -> subprocess.CompletedProcess[str]:
+def run_commands(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a run folder's commands from somewhere else, with the `polygraphy` of this environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(folder / "polygraphy" / "commands.sh")],
         cwd="/",
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def test_commands_run_as_they_are(tiny_model: Path) -> None:
-    """FP32 reproduces itself from the file and from the script, a close candidate passes: exit status 0."""
-    models = [
-        OnnxRuntimeRunner(tiny_model, name="FP32 model"),
-        OnnxRuntimeRunner(perturbed(tiny_model, "it's close.onnx", 0.001), execution="exact"),
-    ]
+def test_commands_run_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    """FP32 reproduces itself from the file and from the script, a close candidate passes: exit status 0.
+
+    The candidate is placed for TensorRT: where that is not installed, the script says that its build is left out.
+    """
+    close = perturbed(tiny_model, "it's close.onnx", 0.001)
+    proto = onnx.load(close)
+    onnx.helper.set_model_props(proto, {"trt_int8.target": "tensorrt"})
+    onnx.save(proto, close)
+    models = [OnnxRuntimeRunner(tiny_model, name="FP32 model"), OnnxRuntimeRunner(close)]
     folder = tiny_model.parent / "a run"
     record(models).write(folder)
+    (tmp_path / "tensorrt.py").write_text("raise ImportError\n")
 
-    done = run_commands(folder)
+    done = run_commands(folder, PYTHONPATH=str(tmp_path))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASSED | Runtime") == 3
+    assert "is not there: it's close.onnx built by TensorRT." in done.stdout
 
 
 def test_commands_fail_for_a_broken_candidate(tiny_model: Path) -> None:
@@ -214,3 +221,20 @@ def test_unwritable_folder_is_one_clear_error(tiny_model: Path) -> None:
     """A file where the folder should be is named."""
     with pytest.raises(FileAccessError, match="Cannot write"):
         record([OnnxRuntimeRunner(tiny_model)], batches=1).write(tiny_model)
+
+
+def test_models_without_a_file_have_no_commands(fake_runner: Any) -> None:
+    """What Polygraphy cannot load is not written down; the script still runs."""
+    script = commands_script(
+        [fake_runner()], [], folder=Path(), inputs="inputs.json", loader="loader.py", reference_outputs="outputs.json"
+    )
+
+    assert "polygraphy run" not in script
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == 0
+
+
+def test_a_name_of_two_lines_is_one_comment(tiny_model: Path, tmp_path: Path) -> None:
+    """Names are shown in comments of the script, and none of them is run."""
+    record([OnnxRuntimeRunner(tiny_model, name="FP32\nexit 7")]).write(tmp_path)
+
+    assert "# FP32 exit 7 still gives" in (tmp_path / "polygraphy" / "commands.sh").read_text()

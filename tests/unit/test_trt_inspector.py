@@ -1,117 +1,17 @@
-"""engines.trt_inspector: the inspector's JSON as TensorRT 10 and 11 write it, drawn after their documentation."""
+"""engines.trt_inspector: layers beside the nodes of their model, and two engines beside each other."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import onnx
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.errors import EngineError
-from engines.trt_inspector import (
-    EngineLayer,
-    compare_tables,
-    data_type,
-    intended_precisions,
-    layer_table,
-    parse_layers,
-)
-
-WIDE_INT8 = "Thirty-two wide channel vectorized row major Int8 format"
-
-
-def tensor(version: int, name: str, layout: str, dtype: str) -> dict[str, Any]:
-    """A tensor in the inspector's JSON: 10 writes layout and type as one text, 11 apart."""
-    common = {"Name": name, "Location": "Device", "Dimensions": [1, 8, 8, 8]}
-    if version == 10:
-        return common | {"Format/Datatype": f"{layout} {dtype}"}
-    return common | {"Format": layout, "DataType": dtype}
-
-
-def information(version: int) -> str:
-    linear = "Row major linear"
-    layers = [
-        {
-            "Name": "Reformatting CopyNode for Input Tensor 0 to conv1 + relu1",
-            "LayerType": "Reformat",
-            "Inputs": [tensor(version, "x", linear, "FP32")],
-            "Outputs": [tensor(version, "x copy", "Channel major", "Int8")],
-            "Metadata": "[ONNX Layer: conv1]",
-            "TacticName": "",
-        },
-        {
-            "Name": "conv1.weight + q1 + conv1 + relu1",
-            "LayerType": "CaskConvolution",
-            "Inputs": [tensor(version, "x copy", "Thirty-two wide channel vectorized row major", "Int8")],
-            "Outputs": [tensor(version, "r", "Thirty-two wide channel vectorized row major", "Int8")],
-            "Metadata": "[ONNX Layer: q1]\x1e[ONNX Layer: conv1]\x1e[ONNX Layer: relu1]",
-            "TacticName": "sm80_xmma_fprop_implicit_gemm_i8i8_i8i32_f32",
-        },
-        {
-            "Name": "conv2",
-            "LayerType": "CaskConvolution",
-            "Inputs": [tensor(version, "r half", linear, "Half" if version == 10 else "FP16")],
-            "Outputs": [tensor(version, "y", linear, "FP16")],
-            "Metadata": "",
-        },
-    ]
-    names = ["x", "y"]
-    bindings: dict[str, Any] = {"Bindings": names}
-    if version == 11:
-        bindings = {"I/O Tensors": [{"Name": name, "IOMode": "Input", "DataType": "FP32"} for name in names]}
-    return json.dumps({"Layers": layers, **bindings})
-
-
-@pytest.mark.parametrize("version", [10, 11])
-def test_reads_both_versions_alike(version: int) -> None:
-    """Precision, nodes and reformats come out the same, whichever way they are written."""
-    reformat, first, second = parse_layers(information(version), {"conv2": 0.25})
-
-    assert [layer.precision for layer in (reformat, first, second)] == ["fp32", "int8", "fp16"]
-    assert [layer.is_reformat for layer in (reformat, first, second)] == [True, False, False]
-    assert first.nodes == ("q1", "conv1", "relu1")
-    assert second.nodes == ("conv2",)  # no metadata: the name is taken
-    assert "Int8" in first.inputs[0]
-    assert "Thirty-two wide" in first.outputs[0]
-    assert first.tactic.endswith("i8i32_f32")
-    assert [layer.time_ms for layer in (first, second)] == [None, 0.25]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (WIDE_INT8, "int8"),
-        ("Row major linear FP32", "fp32"),
-        ("Row major linear FP16 format", "fp16"),
-        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
-        ("Row major linear BF16", "bf16"),
-        ("kHALF", "fp16"),
-        ("kINT8", "int8"),
-        ("UInt8", "uint8"),
-        ("Two wide channel vectorized row major FP8 format", "fp8"),
-        ("N/A due to dynamic shapes", None),
-        ("", None),
-    ],
-)
-def test_finds_the_type_in_tensorrts_words(text: str, expected: str | None) -> None:
-    """The wording differs by layout and release."""
-    assert data_type(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "null", "{}", "[1]", "Layers"])
-def test_other_text_is_refused(text: str) -> None:
-    """It is not taken for an engine without layers."""
-    with pytest.raises(EngineError, match="inspector"):
-        parse_layers(text)
-
-
-def test_names_alone_are_refused() -> None:
-    """An engine built without detailed verbosity says nothing about precision."""
-    with pytest.raises(EngineError, match="only the names"):
-        parse_layers(json.dumps({"Layers": ["conv1", "conv2"], "Bindings": ["x"]}))
+from engines.trt_inspector import LayerTable, compare_tables, intended_precisions, layer_table
+from engines.trt_layers import EngineLayer
 
 
 def quantized_model() -> onnx.ModelProto:
@@ -148,31 +48,189 @@ def test_the_intended_precision_is_read_off_the_model() -> None:
     }
 
 
-@pytest.mark.parametrize("version", [10, 11])
-def test_the_table_says_what_became_of_each_node(version: int) -> None:
+def test_the_table_says_what_became_of_each_node() -> None:
     """A node is shown in the layer that computes it, not in the copy before; a removed one has no layer."""
-    layers = parse_layers(information(version), {"conv1.weight + q1 + conv1 + relu1": 0.5})
-    table = layer_table("m.engine", quantized_model(), layers)
-    rows = {row.node: row for row in table.rows}
+    found = table(
+        quantized_model(),
+        layer("conv1 + relu1", 0.5, "q1", "conv1", "relu1"),
+        layer(
+            "Reformatting CopyNode for Input Tensor 0 to conv1 + relu1", 0.1, "conv1", precision="fp32", kind="Reformat"
+        ),
+        layer("conv2", 0.25, precision="fp16"),
+    )
+    rows = {row.node: row for row in found.rows}
 
     assert (rows["conv1"].precision, rows["conv1"].layer_ms) == ("int8", 0.5)
     assert rows["conv1"].as_intended
     assert rows["relu1"].layer == rows["conv1"].layer
     assert not rows["conv2"].as_intended  # fp32 was intended, the kernel takes fp16
     assert rows["last"].layer is None
-    assert [layer.kind for layer in table.reformats] == ["Reformat"]
-    assert table.summary == "1 of 1 intended layers run INT8; 1 reformat layer"
-    assert table.to_json()["layers"][0]["reformat"] is True
+    assert [layer.kind for layer in found.reformats] == ["Reformat"]
+    assert found.summary == "1 of 1 intended layers run INT8; 1 reformat layer"
+    assert found.to_json()["layers"][1]["reformat"] is True
 
 
-def test_two_engines_are_compared_by_node() -> None:
-    """The node with the largest change in time comes first; one that only one model has is kept."""
+def table(model: onnx.ModelProto, *layers: EngineLayer) -> LayerTable:
+    return layer_table("e", model, layers)
 
-    def table(times: dict[str, float]) -> Any:
-        layers = [EngineLayer(name, "", "int8", (name,), (), (), "", time) for name, time in times.items()]
-        return layer_table("e", quantized_model(), layers)
 
-    differences = compare_tables(table({"conv1": 1.0, "conv2": 1.0}), table({"conv1": 0.75, "conv2": 3.0}))
+def layer(name: str, time: float | None, *nodes: str, precision: str | None = "int8", **how: Any) -> EngineLayer:
+    return EngineLayer(
+        name, how.pop("kind", ""), precision, nodes or (name,), (), (), how.pop("tactic", ""), time, **how
+    )
 
-    assert [(item.node, item.difference_ms) for item in differences[:2]] == [("conv2", 2.0), ("conv1", -0.25)]
-    assert all(item.difference_ms is None for item in differences[2:])
+
+def test_two_engines_are_compared_by_what_they_fuse() -> None:
+    """conv1 and relu1 are one layer in the first engine and two in the second: 2.0 ms against 0.5 + 0.25 ms."""
+    model = quantized_model()
+    first = table(model, layer("a", 2.0, "conv1", "relu1"), layer("b", 1.0, "conv2"))
+    second = table(
+        model, layer("c", 0.5, "conv1"), layer("d", 0.25, "relu1", precision="fp16"), layer("e", 4.0, "conv2")
+    )
+
+    large, small = compare_tables(first, second)
+
+    assert (large.nodes, large.first_ms, large.second_ms, large.difference_ms) == (("conv2",), 1.0, 4.0, 3.0)
+    assert (small.nodes, small.first_ms, small.second_ms) == (("conv1", "relu1"), 2.0, 0.75)
+    assert (small.first_layers, small.second_layers) == (("a",), ("c", "d"))
+    assert (small.first_precisions, small.second_precisions) == (("int8",), ("int8", "fp16"))
+    assert small.to_json()["difference_ms"] == -1.25
+
+
+def test_groups_that_a_layer_joins_become_one() -> None:
+    """Three layers of a node each in the first engine; two of the nodes are one layer in the second."""
+    model = quantized_model()
+    first = table(model, layer("a", 1.0, "conv1"), layer("b", 1.0, "relu1"), layer("c", 1.0, "conv2"))
+    second = table(model, layer("x", 1.5, "conv1", "conv2"), layer("y", 0.5, "relu1"))
+
+    both, alone = compare_tables(first, second)
+
+    assert (both.nodes, both.first_ms, both.second_ms) == (("conv1", "conv2"), 2.0, 1.5)
+    assert (alone.nodes, alone.difference_ms) == (("relu1",), -0.5)
+
+
+def test_what_was_removed_takes_no_time_and_what_was_not_timed_has_none() -> None:
+    """A node that one engine removed counts as zero; without times there are no differences."""
+    model = quantized_model()
+    first = table(model, layer("a", 1.0, "conv1"))
+    second = table(model, layer("b", 0.5, "conv1"), layer("c", 0.25, "relu1"))
+
+    assert [(item.nodes, item.difference_ms) for item in compare_tables(first, second)] == [
+        (("conv1",), -0.5),
+        (("relu1",), 0.25),
+    ]
+    assert compare_tables(first, table(model, layer("b", None, "conv1")))[0].difference_ms is None
+
+
+@given(
+    fusions=st.lists(
+        st.lists(st.integers(0, 3), min_size=8, max_size=8),
+        min_size=2,
+        max_size=2,
+    )
+)
+def test_no_time_is_lost_or_counted_twice(fusions: list[list[int]]) -> None:
+    """However two engines fuse eight nodes into up to four layers, the groups hold every node and all the time once."""
+    names = [f"n{index}" for index in range(8)]
+    nodes = [helper.make_node("Relu", [f"t{index}"], [f"t{index + 1}"], name) for index, name in enumerate(names)]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("t0", "t8")]
+    model = helper.make_model(helper.make_graph(nodes, "chain", value[:1], value[1:]))
+    tables = []
+    for fused in fusions:
+        parts = {index: [name for name, where in zip(names, fused, strict=True) if where == index] for index in fused}
+        tables.append(table(model, *(layer(f"layer {index}", 2.0**index, *part) for index, part in parts.items())))
+
+    groups = compare_tables(*tables)
+
+    assert sorted(name for group in groups for name in group.nodes) == names
+    for side, fused in zip(("first_ms", "second_ms"), fusions, strict=True):
+        assert sum(getattr(group, side) for group in groups) == sum(2.0**index for index in set(fused))
+
+
+def test_the_kernel_that_multiplies_is_the_one_to_show() -> None:
+    """A node in a copy, in a quantizing kernel and in a matrix product is shown in the product, in whatever order."""
+    product = layer("gemm", 1.0, "conv1", tactic="sm80_xmma_gemm_i8i8_i8i32_f32_tn")
+    others = [layer("copy", 1.0, "conv1", kind="Reformat"), layer("quantize", 1.0, "conv1", precision="fp32")]
+    for layers in ([product, *others], [*others, product]):
+        rows = {row.node: row for row in table(quantized_model(), *layers).rows}
+        assert rows["conv1"].layer == "gemm"
+
+
+def test_names_in_another_spelling_are_found() -> None:
+    """A compiler behind the parser writes `/block.0/conv` as `_block_0_conv`."""
+    model = quantized_model()
+    model.graph.node[3].name = "/block.0/conv"
+
+    rows = table(model, layer("k", 1.0, "_block_0_conv")).rows
+
+    assert rows[0].layer == "k"
+
+
+def test_nodes_in_a_region_are_not_claimed() -> None:
+    """From conv1 to relu1 nothing is told of the kernels: neither INT8 nor not; conv2 after it is told."""
+    region = layer(
+        "{ForeignNode[d1...relu1]}", 3.0, "d1", "relu1", precision=None, kind="Myelin", region=("d1", "relu1")
+    )
+    found = table(quantized_model(), region, layer("k", 1.0, "conv2", precision="fp32"))
+    rows = {row.node: row for row in found.rows}
+
+    assert [rows[name].in_region for name in ("conv1", "relu1", "conv2", "last")] == [True, True, False, False]
+    assert (rows["conv1"].precision, rows["conv1"].as_intended, rows["conv1"].wider) == (None, False, False)
+    assert rows["conv1"].layer_ms == 3.0
+    assert found.summary == (
+        "0 of 1 intended layers run INT8; 1 in regions whose kernels TensorRT does not tell; 0 reformat layers"
+    )
+    assert (found.int8_share, found.unknown_share) == (0.0, 0.75)
+
+
+def test_a_region_with_an_unknown_end_claims_its_other_end_alone() -> None:
+    """Where the first node is none of the model's, what lies before the last is not guessed."""
+    region = layer("{ForeignNode[x...relu1]}", 3.0, "x", "relu1", precision=None, region=("x", "relu1"))
+    rows = {row.node: row for row in table(quantized_model(), region).rows}
+
+    assert rows["relu1"].in_region
+    assert rows["conv1"].layer is None
+
+
+def test_shares_of_the_time() -> None:
+    """Of 10 ms 4 are in INT8 layers; a copy of INT8 data is none. Without times there are no shares."""
+    layers = [layer("a", 4.0), layer("b", 5.0, precision="fp16"), layer("c", 1.0, kind="Reformat")]
+
+    assert table(quantized_model(), *layers).int8_share == 0.4
+    assert table(quantized_model(), layer("a", None)).int8_share is None
+
+
+def test_wider_than_intended_is_told_from_narrower() -> None:
+    """FP16 where INT8 was asked for is wider; INT8 for what FP32 was asked of comes of fusing, and is not."""
+    layers = [layer("a", 1.0, "conv1", precision="fp16"), layer("b", 1.0, "relu1", precision="int8")]
+    rows = {row.node: row for row in table(quantized_model(), *layers).rows}
+
+    assert (rows["conv1"].wider, rows["relu1"].wider) == (True, False)
+
+
+def test_a_calibrator_intends_int8_for_all_weighted_nodes() -> None:
+    """The model of an implicit engine has no Q/DQ nodes to tell it by."""
+    assert intended_precisions(quantized_model(), implicit=True)["conv2"] == ("Conv", "int8")
+
+
+def test_nodes_without_names_have_the_parsers() -> None:
+    """TensorRT's ONNX parser names a nameless node after its first output; conversions are meant to run in no type."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Relu", ["half"], ["y"]),
+    ]
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1]),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "nameless", values[:1], values[1:]))
+
+    assert intended_precisions(model) == {"node_of_half": ("Cast", None), "node_of_y": ("Relu", "fp16")}
+
+
+def test_layers_alone_have_a_summary() -> None:
+    """Without a model no intention is known, so nothing is said of one."""
+    found = LayerTable("e", (), (layer("a", 1.0), layer("c", 1.0, kind="Reformat")))
+
+    assert found.summary == "2 layers; 1 reformat layer"
+    assert found.to_json()["rows"] == []
