@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from engines.runner import TensorSpec
+from trt_int8.config_build import BuildConfig
 from trt_int8.entry_points import split_entry_point
 from trt_int8.errors import ConfigError
 from trt_int8.images import Preprocessing, is_image_folder
@@ -157,11 +158,13 @@ class QuantizeConfig(Section):
         description="skip connections in int8, as TensorRT fuses them, or in float: slower, more accurate",
     )
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions: nodes that stay in float")
-    precision: Literal["int8"] = Field(default="int8", description="precision of the quantized layers")
     targets: tuple[Literal["tensorrt", "cpu"], ...] = Field(
         default=("tensorrt", "cpu"), min_length=1, description="where the INT8 models run: a file for each"
     )
     fp16: bool = Field(default=True, description="make an FP16 model as well")
+    int8_fp16: bool = Field(
+        default=True, description="for target tensorrt make an INT8 model as well whose other layers are FP16"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -207,6 +210,7 @@ class RunConfig(Section):
     data: DataConfig = Field(description="what it is calibrated and judged on")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="the calibration pass")
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="scales and where they go")
+    build: BuildConfig = Field(default=BuildConfig(), description="TensorRT engines, where TensorRT runs the models")
     benchmark: BenchmarkConfig = Field(default=BenchmarkConfig(), description="timing")
     accuracy: AccuracyConfig = Field(default=AccuracyConfig(), description="judging the models")
     output: Path | None = Field(default=None, description="folder of the results; null is runs/NAME for NAME.yaml")

@@ -65,7 +65,7 @@ def _section(section: type[Section], examples: Mapping[str, Any]) -> Iterator[st
         nested, value = nested_section(field), getattr(filled, name)
         note = "" if nested or value == field.default else " (example)"
         yield from textwrap.wrap(f"{field.description}{note}", _WIDTH, initial_indent="# ", subsequent_indent="#   ")
-        if nested is None or value is None:
+        if nested is None or not value:
             yield _entry(name, examples.get(name, value))
         elif isinstance(value, Section):
             yield f"{name}:"

@@ -5,11 +5,21 @@ Only what can be known without running a model is said here; how fast a model re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engines.optional import require
+from engines.trt_checks import WHEELS
 from trt_int8 import __version__
+from trt_int8.backends import (
+    TENSORRT_11_MINIMUM,
+    Installed,
+    Load,
+    choose_backend,
+    driver_problem,
+    loading_problem,
+)
 from trt_int8.machine import PACKAGES, Cpu, CudaDriver, Gpu, Machine, installed_version, read_machine
 
 if TYPE_CHECKING:
@@ -17,22 +27,40 @@ if TYPE_CHECKING:
 
 INT8_TENSOR_CORES = (7, 2)
 FP16_TENSOR_CORES = (7, 0)
-TENSORRT_11_MINIMUM = (7, 5)
-"""Compute capabilities from which GPUs have tensor cores for a type, and from which TensorRT 11 supports them."""
+"""Compute capabilities from which GPUs have tensor cores for a type."""
 
 CALIBRATORS_END = 11
 """First major version of TensorRT without INT8 calibrators."""
 
 _X86 = frozenset({"x86_64", "AMD64"})
 
-_OPTIONAL = {
-    "tensorrt": (PACKAGES["tensorrt"], "NVIDIA's engine; `polygraphy run MODEL --trt` runs models on it"),
-    "pycuda": (("pycuda",), "device memory for TensorRT from Python, compiled on installation against a CUDA toolkit"),
-    "cuda": (("cuda-python", "cuda-bindings"), "device memory for TensorRT from Python, NVIDIA's own wheels"),
-    "ray": (("ray",), "work spread over several machines"),
-    "modelopt": (("nvidia-modelopt",), "NVIDIA's quantizer, for quantization-aware training"),
+
+@dataclass(frozen=True, slots=True)
+class _Extra:
+    """An optional package: the distributions that it stands for, what shows that it can be loaded, what it brings."""
+
+    distributions: tuple[str, ...]
+    brings: str
+    module: str | None = None
+
+
+_EXTRAS = {
+    "tensorrt10, tensorrt11": _Extra(
+        PACKAGES["tensorrt"], "NVIDIA's engine: build makes engines, bench and compare run them", "tensorrt"
+    ),
+    "pycuda": _Extra(
+        ("pycuda",), "device memory for engines; compiled on installation against a CUDA toolkit", "pycuda.driver"
+    ),
+    "cuda": _Extra(
+        ("cuda-python", "cuda-bindings"),
+        "device memory and CUDA graphs for engines; NVIDIA's own wheels",
+        "cuda.bindings.driver",
+    ),
+    "nvidia-ml-py": _Extra(("nvidia-ml-py",), "clocks, temperature and power beside the times of engines", "pynvml"),
+    "ray": _Extra(("ray",), "work spread over several machines"),
+    "modelopt": _Extra(("nvidia-modelopt",), "NVIDIA's quantizer, for quantization-aware training"),
 }
-"""Name of the extra to the distributions that it stands for and what they bring."""
+"""Optional packages by the name of the extra that brings them. Those that take long to load have no `module`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +87,30 @@ class Section:
 
 
 def diagnose(
-    machine: Machine | None = None, installed: Callable[..., str | None] = installed_version
+    machine: Machine | None = None, installed: Installed = installed_version, load: Load = require
 ) -> tuple[Section, ...]:
     """Look at the machine and say what it means.
 
     Args:
         machine: the machine; the one that this process runs on where None.
         installed: gives the version of the first one installed of several distributions, None for none.
+        load: imports an optional package, to see whether it can be.
     """
     machine = machine or read_machine()
+    backend = choose_backend(cuda=machine.cuda, load=load, installed=installed)
     return (
         Section("Machine", _machine(machine)),
-        Section("NVIDIA GPU", _gpu(machine.cuda, installed(*PACKAGES["tensorrt"]))),
+        Section(
+            "NVIDIA GPU",
+            (*_gpu(machine.cuda, installed), Finding("run --backend auto", f"takes {backend.name}", backend.reason)),
+        ),
         Section("What can be gained here", _gains(machine)),
         Section("Versions", _versions(machine)),
         Section(
             "Optional packages",
             tuple(
-                Finding(extra, installed(*names) or "not installed", brings)
-                for extra, (names, brings) in _OPTIONAL.items()
+                Finding(name, _state(extra, installed(*extra.distributions), load), extra.brings)
+                for name, extra in _EXTRAS.items()
             ),
         ),
     )
@@ -127,13 +160,25 @@ def _int8_arithmetic(cpu: Cpu) -> str:
     return ""
 
 
-def _gpu(cuda: CudaDriver, tensorrt: str | None) -> tuple[Finding, ...]:
+def _state(extra: _Extra, version: str | None, load: Load) -> str:
+    if version is None:
+        return "not installed"
+    problem = loading_problem(extra.module, load) if extra.module else None
+    return version if problem is None else f"{version}, but {problem}"
+
+
+def _gpu(cuda: CudaDriver, installed: Installed) -> tuple[Finding, ...]:
+    tensorrt = installed(*PACKAGES["tensorrt"])
     findings = [Finding("GPU", gpu.name, _tensor_cores(gpu)) for gpu in cuda.gpus]
     if cuda.error is not None:
         findings.append(Finding("GPU", f"none: {cuda.error}", "TensorRT's speed cannot be measured here"))
     else:
         driver = f"{cuda.module_version or 'version not shown'}, for CUDA up to {cuda.cuda_version}"
-        findings.append(Finding("driver", driver, "TensorRT's wheels need 535 or newer for CUDA 12, 580 for CUDA 13"))
+        needed = ", ".join(
+            f"{release} or newer for CUDA {cuda_release[0]}" for cuda_release, release in WHEELS.values()
+        )
+        meaning = driver_problem(cuda, installed) or f"TensorRT's wheels need {needed}"
+        findings.append(Finding("driver", driver, meaning))
     if tensorrt is None:
         findings.append(Finding("TensorRT", "not installed", "--target tensorrt writes models for it all the same"))
     elif int(tensorrt.partition(".")[0]) < CALIBRATORS_END:

@@ -2,47 +2,42 @@
 
 PyTorch -> export -> model.onnx -> calibrate -> calibration.npz -> quantize -> INT8 models, one per method and target
                                                                 -> FP16 model
+                                                                -> TensorRT engines, where TensorRT runs the models
         -> benchmark, compare, sizes -> report.html
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibrators.calibration import Calibration
 from calibrators.files import sha256_of_file
 from calibrators.protocols import Track, untracked
 from engines.onnxrt import OnnxRuntimeRunner
-from engines.placement import Target
 from engines.size import measure_sizes
 from trt_int8 import accuracy as accuracy_stage
+from trt_int8.backends import BackendChoice, choose_backend
 from trt_int8.benchmarking import BENCHMARK_BATCHES, time_side_by_side
-from trt_int8.caches import tensorrt_cache
 from trt_int8.calibration import calibrate
-from trt_int8.config import Method, RunConfig, load_config
+from trt_int8.config import RunConfig, load_config
+from trt_int8.engine_stage import build_engines, inspect_engines
 from trt_int8.entry_points import source_file
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
-from trt_int8.quantization import QuantizeResult, convert_fp16, quantize
+from trt_int8.quantize_stage import quantize_all, save_cache
 from trt_int8.report import render_report
 from trt_int8.run_data import RunData, Use
 from trt_int8.run_folder import RunFolder, write_json
+from trt_int8.run_plan import MODEL, RunPlan
+from trt_int8.runners import AnyRunner, open_runner
 
-if TYPE_CHECKING:
-    from trt_int8.auto import AutoChoice
-
-MODEL = "model.onnx"
 CALIBRATION = "calibration.npz"
 CACHE = "calibration.cache"
-CACHE_VERSION = "10.16.1"
-"""TensorRT version in the cache's header; `trt-int8 cache export --tensorrt` writes it for another one."""
-
-FP16 = "model.fp16.onnx"
 REPORT = "report.html"
 
 
@@ -59,29 +54,23 @@ class RunResult:
     report: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One INT8 model of a run: a method and a target."""
-
-    method: Method
-    target: Target
-    file: str
-
-    @property
-    def name(self) -> str:
-        """The name in tables."""
-        return f"INT8 {self.method}, {self.target}"
-
-
 class Pipeline:
     """Runs the stages of a configuration into one folder.
 
     Args:
         config: the configuration, or the YAML file that holds it.
         output: the folder; the configuration's own where None.
+        backend: what runs the models: "onnxruntime", "tensorrt", or "auto": TensorRT where it and a GPU are found.
         resume: keep the stages of an earlier, interrupted run whose inputs and files are unchanged.
         track: shows the progress of a stage.
         announce: is told which stage begins.
+
+    Attributes:
+        backend: what runs the models, and why.
+        plan: the models that are made and measured.
+
+    Raises:
+        TrtInt8Error: the configuration cannot be used, or the backend is not there.
     """
 
     def __init__(
@@ -89,6 +78,7 @@ class Pipeline:
         config: RunConfig | str | os.PathLike[str],
         *,
         output: str | os.PathLike[str] | None = None,
+        backend: BackendChoice = "auto",
         resume: bool = False,
         track: Track = untracked,
         announce: Callable[[str], None] | None = None,
@@ -99,6 +89,8 @@ class Pipeline:
         self._track = track
         self._announce = announce or (lambda text: None)
         self._data = RunData(self.config)
+        self.backend = choose_backend(backend)
+        self.plan = RunPlan(self.config, self.backend.name)
 
     def run(self) -> RunResult:
         """Run every stage and write the report.
@@ -111,30 +103,20 @@ class Pipeline:
             title=self.folder.name,
             config=self.config.resolved(),
             machine=describe_machine(),
-            files=[MODEL, CALIBRATION, CACHE, REPORT, *(variant.file for variant in self.variants)],
+            backend={"name": self.backend.name, "reason": self.backend.reason},
+            files=[CALIBRATION, CACHE, REPORT, *self.plan.onnx_files, *self.plan.engine_files],
             resume=self._resume,
         )
         model = self._export(run)
         self._check_data(run)
         calibration = self._calibrate(run, model)
         self._quantize(run, model, calibration)
+        self._build(run, calibration)
         self._benchmark(run)
         self._compare(run)
         self._measure_sizes(run)
         self._announce("report")
         return RunResult(self.folder, render_report(self.folder, track=self._track))
-
-    @property
-    def variants(self) -> list[Variant]:
-        """The INT8 models of the run; the delivered method's lie at the top of the folder."""
-        config = self.config.quantize
-        variants = []
-        for method in config.methods:
-            for target in config.targets:
-                suffix = "" if target == "tensorrt" else f".{target}"
-                file = f"model.int8{suffix}.onnx" if method == config.method else f"methods/{method}{suffix}.onnx"
-                variants.append(Variant(method, target, file))
-        return variants
 
     def _export(self, run: RunFolder) -> str:
         self._announce("export")
@@ -194,7 +176,6 @@ class Pipeline:
     def _quantize(self, run: RunFolder, model: str, calibration: Calibration) -> None:
         self._announce("quantize")
         config, data = self.config.quantize, self.config.data
-        files = [CACHE, "quantization.json", *(variant.file for variant in self.variants)] + [FP16] * config.fp16
         key = {
             "model": model,
             "calibration": sha256_of_file(run.file(CALIBRATION)),
@@ -203,57 +184,45 @@ class Pipeline:
         }
 
         def write() -> None:
-            results: list[QuantizeResult] = []
-            auto: AutoChoice | None = None
-            for variant in self._track(self.variants, "quantize", len(self.variants)):
-                result = quantize(
-                    run.file(MODEL),
-                    calibration,
-                    output=run.file(variant.file),
-                    method=variant.method,
-                    percentile=config.percentile,
-                    target=variant.target,
-                    residual=config.residual,
-                    exclude=config.exclude,
-                    data=self._data.held_back if variant.method == "auto" else None,
-                    preprocessing=data.preprocessing_for(self._data.held_back),
-                    auto=auto,
-                    track=self._track,
-                )
-                auto = result.auto or auto
-                results.append(result)
-            tensorrt_cache(
-                calibration, method=config.method, percentile=config.percentile, tensorrt_version=CACHE_VERSION
-            ).save(run.file(CACHE))
-            half = convert_fp16(run.file(MODEL), calibration, output=run.file(FP16)) if config.fp16 else None
-            write_json(
-                run.file("quantization.json"),
-                {
-                    "models": [
-                        {**result.to_json(), "file": variant.file}
-                        for variant, result in zip(self.variants, results, strict=True)
-                    ],
-                    "fp16": None if half is None else half.to_json(),
-                },
+            made = quantize_all(
+                self.config,
+                self.plan.variants,
+                calibration,
+                run.path,
+                held_back=self._data.held_back,
+                track=self._track,
             )
+            save_cache(calibration, config, run.file(CACHE))
+            write_json(run.file("quantization.json"), made)
 
+        files = [CACHE, "quantization.json", *self.plan.onnx_files[1:]]
         chosen_by: tuple[Use, ...] = ("held_back",) if "auto" in config.methods else ()
         run.stage("quantize", self._data.identified(key, *chosen_by), files, write, lambda: None)
+
+    def _build(self, run: RunFolder, calibration: Calibration) -> None:
+        if not self.plan.engines:
+            return
+        self._announce("build")
+        key = {
+            "models": self._hashes(run, self.plan.onnx_files),
+            "calibration": sha256_of_file(run.file(CALIBRATION)),
+            "config": self.config.model_dump(mode="json", include={"build", "data", "accuracy"}),
+            "environment": self._environment(),
+        }
+
+        def build() -> None:
+            built = build_engines(self.config, self.plan.engines, calibration, run.path, track=self._track)
+            write_json(run.file("engines.json"), {"engines": built})
+            write_json(run.file("layers.json"), {"engines": inspect_engines(self.plan.engines, run.path)})
+
+        run.stage("build", key, ["engines.json", "layers.json", *self.plan.engine_files], build, lambda: None)
 
     def _benchmark(self, run: RunFolder) -> None:
         self._announce("benchmark")
         config = self.config.benchmark
-        delivered = [
-            variant
-            for variant in self.variants
-            if variant.target == "cpu" and variant.method == self.config.quantize.method
-        ]
 
         def time() -> None:
-            runners = [
-                OnnxRuntimeRunner(run.file(file), name=name, threads=config.threads)
-                for name, file in [("FP32", MODEL), *self._fp16(), *((item.name, item.file) for item in delivered)]
-            ]
+            runners = self._runners(run, timed=True)
             source = self._data.open_evaluation(runners[0].inputs, batch_size=self.config.data.batch_size)
             result = time_side_by_side(
                 runners,
@@ -272,12 +241,7 @@ class Pipeline:
         config = self.config.accuracy
 
         def judge() -> None:
-            threads = self.config.benchmark.threads
-            reference = OnnxRuntimeRunner(run.file(MODEL), name="FP32", threads=threads)
-            candidates = [
-                OnnxRuntimeRunner(run.file(file), name=name, threads=threads)
-                for name, file in [*self._fp16(), *((item.name, item.file) for item in self.variants)]
-            ]
+            reference, *candidates = self._runners(run)
             source = self._data.open_evaluation(
                 reference.inputs, batch_size=config.batch_size or self.config.data.batch_size
             )
@@ -295,30 +259,44 @@ class Pipeline:
         run.stage("compare", self._measured(run), ["accuracy.json"], judge, lambda: None)
 
     def _measure_sizes(self, run: RunFolder) -> None:
-        files = [MODEL, *(file for _, file in self._fp16()), *(item.file for item in self.variants)]
-        names = ["FP32", *(name for name, _ in self._fp16()), *(item.name for item in self.variants)]
+        models = self.plan.measured
 
         def measure() -> None:
-            sizes = measure_sizes([run.file(file) for file in files])
-            models = [
-                {**size.to_json(), "name": name, "file": file}
-                for size, name, file in zip(sizes, names, files, strict=True)
+            sizes = measure_sizes([run.file(model.file) for model in models])
+            rows = [
+                {**size.to_json(), "name": model.name, "file": model.file}
+                for size, model in zip(sizes, models, strict=True)
             ]
-            write_json(run.file("sizes.json"), {"models": models})
+            write_json(run.file("sizes.json"), {"models": rows})
 
         run.stage("sizes", self._measured(run), ["sizes.json"], measure, lambda: None)
 
-    def _fp16(self) -> list[tuple[str, str]]:
-        return [("FP16", FP16)] if self.config.quantize.fp16 else []
+    def _runners(self, run: RunFolder, *, timed: bool = False) -> list[AnyRunner]:
+        threads = self.config.benchmark.threads
+        return [
+            open_runner(run.file(model.file), name=model.name, threads=threads, cuda_graph=timed)
+            for model in self.plan.measured
+            if model.timed or not timed
+        ]
 
     def _measured(self, run: RunFolder) -> dict[str, Any] | None:
         """Return the key of a measurement: the models, the data and how they are measured."""
-        files = [MODEL, *(file for _, file in self._fp16()), *(variant.file for variant in self.variants)]
         key = {
-            "models": {file: sha256_of_file(run.file(file)) for file in files},
+            "models": self._hashes(run, [model.file for model in self.plan.measured]),
             "config": self.config.resolved(),
+            "environment": self._environment(),
         }
         return self._data.identified(key, "evaluation")
+
+    def _hashes(self, run: RunFolder, files: Iterable[str]) -> dict[str, str]:
+        return {file: sha256_of_file(run.file(file)) for file in files}
+
+    def _environment(self) -> dict[str, Any]:
+        """Return what engines, and the figures taken from them, are bound to beside the models."""
+        machine = describe_machine()
+        return (
+            {"tensorrt": machine["versions"]["tensorrt"], "gpus": machine["cuda"]["gpus"]} if self.plan.engines else {}
+        )
 
     def _check_data(self, run: RunFolder) -> None:
         unknown = self._data.check(OnnxRuntimeRunner(run.file(MODEL), name=MODEL))

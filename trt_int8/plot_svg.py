@@ -35,6 +35,8 @@ PALETTE: dict[str, tuple[str, str]] = {
     "precision-fp32": ("#8893a0", "#76818d"),
     "precision-fp16": ("#4a8f9c", "#62b0bf"),
     "precision-int8": ("#2a63c8", "#5c9cf5"),
+    "precision-tf32": ("#a3a1ae", "#94919f"),
+    "precision-int8-fp16": ("#6a4fc0", "#a28af0"),
     "precision-other": ("#9a8a6a", "#b5a27c"),
     "dtype-float": ("#8893a1", "#76818e"),
     "dtype-float16": ("#4a8f9d", "#62b0c0"),

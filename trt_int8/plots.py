@@ -22,7 +22,7 @@ class LatencyBar:
 
     Attributes:
         label: its name in the figure.
-        precision: "fp32", "fp16", "int8" or "other": the colour.
+        precision: "fp32", "tf32", "fp16", "int8", "int8+fp16" or "other": the colour.
         median_ms: median time.
         p90_ms: 90th percentile.
         p95_ms: 95th percentile.
@@ -62,12 +62,14 @@ class AccuracyPoint:
 
     Attributes:
         method: the calibration method: the row, and the colour.
-        target: "cpu" or "tensorrt": the marker.
+        target: "cpu" or "tensorrt".
+        simulated: whether ONNX Runtime only simulated the target: the marker.
         values: value by panel title; None where it is not known.
     """
 
     method: str
     target: str
+    simulated: bool
     values: dict[str, float | None]
 
 
@@ -167,12 +169,12 @@ def accuracy_figure(
             ticks = [tick for tick in round_positions(low, high) if "%" not in panel or 0 <= tick <= 100]
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             _title(axes, panel_title)
-        _marker_key(figure, [point.target for point in points], height)
+        _marker_key(figure, points, height)
         return inline_svg(figure, name, description)
 
 
 def _latency_row(axes: Axes, row: int, bar: LatencyBar, limit: float) -> None:
-    axes.barh(row, bar.median_ms, 0.6, color=COLOUR[f"precision-{bar.precision}"], linewidth=0)
+    axes.barh(row, bar.median_ms, 0.6, color=_precision_colour(bar.precision), linewidth=0)
     line: dict[str, Any] = {"color": COLOUR["plot-strong"], "linewidth": 0.9}
     axes.plot([bar.median_ms, min(bar.p99_ms, limit)], [row, row], **line)
     for value, half in ((bar.p90_ms, 0.13), (bar.p95_ms, 0.18), (bar.p99_ms, 0.23)):
@@ -191,7 +193,7 @@ def _speedup_row(axes: Axes, row: int, bar: LatencyBar) -> None:
             "reference", (1.0, row), xytext=(5, 0), textcoords="offset points", va="center", **_text("plot-text")
         )
         return
-    colour = COLOUR[f"precision-{bar.precision}"]
+    colour = _precision_colour(bar.precision)
     axes.plot([bar.low, bar.high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
     axes.plot([bar.speedup], [row], marker="o", markersize=5.5, color=colour, markeredgewidth=0)
     axes.annotate(
@@ -206,7 +208,7 @@ def _speedup_row(axes: Axes, row: int, bar: LatencyBar) -> None:
 
 def _accuracy_marker(axes: Axes, row: int, point: AccuracyPoint, value: float) -> None:
     colour = COLOUR[f"method-{point.method}"]
-    simulated = point.target == "tensorrt"
+    simulated = point.simulated
     axes.plot(
         [value],
         [row + (0.17 if simulated else -0.17)],
@@ -219,11 +221,13 @@ def _accuracy_marker(axes: Axes, row: int, point: AccuracyPoint, value: float) -
     )
 
 
-def _marker_key(figure: Figure, targets: Sequence[str], height: float) -> None:
+def _marker_key(figure: Figure, points: Sequence[AccuracyPoint], height: float) -> None:
     """Say above the panels what the two markers are."""
     top = 1 - 0.1 / height
-    words = {"cpu": "● cpu target, measured", "tensorrt": "◇ tensorrt target, simulated"}
-    present = [words[target] for target in words if target in targets]
+    kinds = sorted({(point.simulated, point.target) for point in points})
+    present = [
+        f"◇ {target} target, simulated" if simulated else f"● {target} target, measured" for simulated, target in kinds
+    ]
     for index, text in enumerate(present):
         figure.text(0.1 + 0.16 * index, top, text, va="center", ha="left", **_text("plot-text"))
 
@@ -264,3 +268,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = (high - low) or max(abs(high), 1.0) * 0.02
     return low - 0.12 * room, high + 0.2 * room
+
+
+def _precision_colour(precision: str) -> str:
+    return COLOUR[f"precision-{precision.replace('+', '-')}"]

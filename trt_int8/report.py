@@ -21,6 +21,7 @@ from markupsafe import Markup
 from calibrators.calibration import DEFAULT_PERCENTILE, METHODS, Calibration
 from calibrators.files import write_text
 from calibrators.protocols import Track, untracked
+from engines.device import SIMULATED
 from trt_int8 import plots
 from trt_int8.errors import ConfigError
 from trt_int8.plot_histogram import histogram_figure
@@ -82,11 +83,13 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
     quantize_config: Json = config.get("quantize") or {}
     method = quantize_config.get("method")
     percentile = float(quantize_config.get("percentile") or DEFAULT_PERCENTILE)
-    names = ("export", "quantization", "benchmark", "accuracy", "sizes")
+    names = ("export", "quantization", "engines", "layers", "benchmark", "accuracy", "sizes")
     files = {name: _read_json(folder / f"{name}.json") for name in names}
     calibration = _read_calibration(folder / "calibration.npz")
 
-    rows = model_rows(files["quantization"], files["benchmark"], files["accuracy"], files["sizes"])
+    rows = model_rows(files["quantization"], files["benchmark"], files["accuracy"], files["sizes"], files["engines"])
+    engines = (files["engines"] or {}).get("engines") or ()
+    gpu = engines[0]["environment"]["gpu"] if engines else None
     groups = _size_groups(rows)
     own_evaluation = not config.get("data") or bool(config["data"].get("evaluation"))
     tensors = () if calibration is None else tensor_rows(calibration, files["quantization"], percentile)
@@ -96,8 +99,11 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
         .render(
             manifest=manifest,
             machine=_machine_facts(manifest.get("machine") or {}),
-            verdict=judge(rows, method, own_evaluation=own_evaluation),
+            verdict=judge(rows, method, own_evaluation=own_evaluation, gpu=gpu),
             rows=rows,
+            engines=engines,
+            gpu=gpu,
+            simulated_gpu=gpu == SIMULATED,
             delivered=headline(rows, method),
             files=files,
             figures=_figures(rows, groups),
@@ -199,7 +205,7 @@ def _figures(rows: Sequence[ModelRow], groups: Sequence[SizeGroup]) -> dict[str,
         words = "; ".join(f"{bar.label} {bar.median_ms:.3g} ms" for bar in bars)
         figures["speed"] = plots.latency_figure(bars, reference, f"Median time of one inference: {words}.", "speed")
     sizes = _size_bars(groups)
-    if sizes:
+    if any(group.size.weight_bytes for group in groups):  # engines do not tell what they hold
         words = "; ".join(f"{bar.label} {format_bytes(sum(bar.parts.values()))}" for bar in sizes)
         figures["size"] = plots.size_figure(sizes, f"Size of each model by data type: {words}.", "size")
     figures |= _accuracy_figure(rows)
@@ -245,7 +251,7 @@ def _size_groups(rows: Sequence[ModelRow]) -> list[SizeGroup]:
     for row in rows:
         if row.size is None:
             continue
-        label = f"INT8, {row.target} target" if row.precision == "int8" else row.name
+        label = f"{row.precision.upper()}, {row.target} target" if row.is_int8 else row.name
         before = groups.get(label)
         if before is None:
             rest = max(0, row.size.file_bytes - sum(row.size.weight_bytes.values()))
@@ -274,6 +280,7 @@ def _accuracy_figure(rows: Sequence[ModelRow]) -> dict[str, str]:
         plots.AccuracyPoint(
             row.method,
             row.target,
+            row.accuracy.simulated,
             {
                 "SQNR, dB": row.accuracy.sqnr_db,
                 "agreement with FP32, %": row.accuracy.agreement,

@@ -16,6 +16,10 @@ from calibrators.calibration import METHODS
 
 Json = Mapping[str, Any]
 
+INT8_PRECISIONS = ("int8", "int8+fp16")
+PRECISIONS = ("fp32", "tf32", "fp16", *INT8_PRECISIONS)
+"""In the order of the report."""
+
 TARGETS = ("cpu", "tensorrt")
 """In the order of the report: what was measured comes before what was simulated."""
 
@@ -39,7 +43,10 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A row of `benchmark.json`; milliseconds. The speed-up is None for the reference."""
+    """A row of `benchmark.json`; milliseconds. The speed-up is None for the reference.
+
+    Of engines also the latency with transfers to and from the GPU, and the energy of an inference in millijoules.
+    """
 
     median_ms: float
     p90_ms: float
@@ -53,6 +60,9 @@ class Timing:
     execution: str
     threads: int | None
     note: str
+    latency_ms: float | None = None
+    energy_mj: float | None = None
+    cuda_graph: bool | None = None
 
     @property
     def faster(self) -> bool | None:
@@ -80,7 +90,7 @@ class ModelRow:
     Attributes:
         name: its name in the tables.
         file: its file, relative to the run's folder; empty where no result file says.
-        precision: "fp32", "fp16", "int8" or "other".
+        precision: "fp32", "tf32", "fp16", "int8", "int8+fp16" or "other".
         method: the calibration method of an INT8 model, else empty.
         target: "cpu" or "tensorrt" for an INT8 model, else empty.
         accuracy: its row of `accuracy.json`.
@@ -102,11 +112,20 @@ class ModelRow:
     @property
     def short_name(self) -> str:
         """The name in a sentence: "INT8 (entropy)"."""
-        return f"INT8 ({self.method})" if self.precision == "int8" else self.name
+        return f"{self.precision.upper()} ({self.method})" if self.is_int8 else self.name
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether its weighted layers are quantized."""
+        return self.precision in INT8_PRECISIONS
 
 
 def model_rows(
-    quantization: Json | None, benchmark: Json | None, accuracy: Json | None, sizes: Json | None
+    quantization: Json | None,
+    benchmark: Json | None,
+    accuracy: Json | None,
+    sizes: Json | None,
+    engines: Json | None = None,
 ) -> tuple[ModelRow, ...]:
     """Join the result files to one row per model: the reference, FP16, INT8 by target and method, then all others."""
     timings = _by_name(_list(benchmark, "candidates"))
@@ -122,13 +141,18 @@ def model_rows(
     aliases: dict[str, str] = {}
     for file, model in int8.items():
         method, target = str(model.get("method", "")), str(model.get("target", ""))
-        name = f"INT8 {method}, {target}"
-        kinds[name] = (file, "int8", method, target)
+        precision = str(model.get("precision", "int8"))
+        name = f"{precision.upper()} {method}, {target}"
+        kinds[name] = (file, precision, method, target)
         aliases |= dict.fromkeys((name, file, PurePath(file).name), name)
     if half:
         file = str(half.get("file", ""))
         kinds["FP16"] = (file, "fp16", "", "")
         aliases |= dict.fromkeys(("FP16", file, PurePath(file).name), "FP16")
+    for engine in _list(engines, "engines"):  # an engine goes by the name of the model that it was built from
+        name = str(engine.get("name", ""))
+        _, _, method, target = kinds.get(name, ("", "", "", ""))
+        kinds[name] = (str(engine.get("file", "")), str(engine.get("precision", "other")), method, target)
     tables = [{aliases.get(name, name): row for name, row in table.items()} for table in (timings, scores, measured)]
     known = [name for table in tables for name in table]
     for name in dict.fromkeys([reference, *known] if reference else known):
@@ -153,9 +177,9 @@ def model_rows(
 
 
 def _order(row: ModelRow) -> tuple[int, int, int]:
-    rank = 0 if row.reference else {"fp32": 1, "fp16": 2, "int8": 3}.get(row.precision, 4)
+    rank = PRECISIONS.index(row.precision) if row.precision in PRECISIONS else len(PRECISIONS)
     target = TARGETS.index(row.target) if row.target in TARGETS else len(TARGETS)
-    return rank, target, METHODS.index(row.method) if row.method in METHODS else len(METHODS)
+    return -1 if row.reference else rank, target, METHODS.index(row.method) if row.method in METHODS else len(METHODS)
 
 
 def _reference(benchmark: Json | None, accuracy: Json | None, sizes: Json | None) -> str:
@@ -189,6 +213,7 @@ def _timing(row: Json | None, *, is_reference: bool) -> Timing | None:
     median = number(row or {}, "median_ms")
     if row is None or median is None:
         return None
+    gpu: Json = row.get("gpu") or {}
     p90, p95, p99 = (number(row, key) for key in ("p90_ms", "p95_ms", "p99_ms"))
     threads = number(row, "threads")
     speedups = [None if is_reference else number(row, key) for key in ("speedup", "speedup_low", "speedup_high")]
@@ -207,6 +232,9 @@ def _timing(row: Json | None, *, is_reference: bool) -> Timing | None:
         execution=str(row.get("execution", "")),
         threads=None if threads is None else int(threads),
         note=str(row.get("note") or ""),
+        latency_ms=number(gpu, "latency_ms"),
+        energy_mj=number(gpu, "energy_mj_per_inference"),
+        cuda_graph=gpu.get("cuda_graph"),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from calibrators.calibration import DEFAULT_METHOD, METHODS
+from engines.device import SIMULATED
 from trt_int8.report_models import TARGETS, ModelRow, Timing
 from trt_int8.report_text import format_bytes
 
@@ -53,34 +54,42 @@ class Verdict:
 def headline(rows: Sequence[ModelRow], method: str | None) -> ModelRow | None:
     """Pick the INT8 model that the verdict is about.
 
-    The delivered method decides, then `auto`, then the default; of its targets the one that was timed here.
+    The delivered method decides, then `auto`, then the default; of its models the fastest of those that were timed
+    here.
 
     Args:
         rows: all models.
         method: the delivered method, where the configuration names one.
     """
-    int8 = [row for row in rows if row.precision == "int8"]
+    int8 = [row for row in rows if row.is_int8]
     for wanted in (method, "auto", DEFAULT_METHOD, *METHODS):
         same = [row for row in int8 if row.method == wanted]
         if same:
-            return min(same, key=lambda row: (row.timing is None, row.target != "cpu"))
+            return min(same, key=_preference)
     return int8[0] if int8 else None
 
 
-def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool) -> Verdict:
+def _preference(row: ModelRow) -> tuple[float, bool]:
+    timed = row.timing is not None and not row.timing.simulated
+    return (row.timing.median_ms if row.timing is not None and timed else math.inf), row.target != "cpu"
+
+
+def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool, gpu: str | None = None) -> Verdict:
     """Say in plain words what came out.
 
     Args:
         rows: all models.
         method: the delivered method, where the configuration names one.
         own_evaluation: whether accuracy was judged on data of its own, not on the calibration's.
+        gpu: name of the GPU whose engines were measured; None where ONNX Runtime ran the models on the CPU.
     """
     row = headline(rows, method)
     reference = next((other for other in rows if other.reference), None)
     if row is None:
         return Verdict("This run holds no INT8 model yet.", (), ())
     against = reference.name if reference is not None else "FP32"
-    speed = None if row.timing is None or row.timing.simulated else _speed_words(row.timing, against)
+    place = "this CPU" if gpu is None else "this GPU"
+    speed = None if row.timing is None or row.timing.simulated else _speed_words(row.timing, against, place)
     rest = list(filter(None, (_size_words(row, against if speed is None else ""), _accuracy_words(row, reference))))
     if speed is None and not rest:
         sentence = f"{row.short_name} was made, and not measured yet."
@@ -90,13 +99,16 @@ def judge(rows: Sequence[ModelRow], method: str | None, *, own_evaluation: bool)
         sentence = f"{row.short_name} {_listed([speed, *rest])}."
     else:
         sentence = f"{row.short_name} {speed}." + (f" It {' and '.join(rest)}." if rest else "")
-    twin = next((other for other in rows if other.method == row.method and other.target == "tensorrt"), None)
-    remarks = [_tensorrt_words(twin, alone=twin is row), _noise_words(row, reference)]
+    # Where engines ran, there is nothing to be told about what they would do.
+    same = [other for other in rows if other.method == row.method and other.target == "tensorrt" and gpu is None]
+    twin = same[0] if same else None
+    simulated = "TensorRT and the GPU are SIMULATED here: no figure is a GPU's." if gpu == SIMULATED else ""
+    remarks = [simulated, _tensorrt_words(twin, alone=twin is row), _noise_words(row, reference)]
     if row.accuracy is not None and not own_evaluation:
         remarks.append(
             "Accuracy was judged on the calibration data, which flatters: name evaluation data for a fair figure."
         )
-    return Verdict(sentence, tuple(filter(None, remarks)), tuple(_tiles(row, twin, reference, against)))
+    return Verdict(sentence, tuple(filter(None, remarks)), tuple(_tiles(row, twin, reference, against, place)))
 
 
 def closest_methods(rows: Sequence[ModelRow]) -> tuple[str, ...]:
@@ -148,13 +160,13 @@ def changed_answers(row: ModelRow) -> int | None:
     return round((100.0 - row.accuracy.agreement) / 100.0 * row.accuracy.samples)
 
 
-def _speed_words(timing: Timing, against: str) -> str:
+def _speed_words(timing: Timing, against: str, place: str) -> str:
     interval = f"95 % interval {timing.low:.2f} to {timing.high:.2f}"
     if timing.faster:
-        return f"runs {timing.speedup:.2f}x as fast as {against} on this CPU ({interval})"
+        return f"runs {timing.speedup:.2f}x as fast as {against} on {place} ({interval})"
     if timing.faster is False:
-        return f"is not faster than {against} on this CPU, but slower: {timing.speedup:.2f}x its speed ({interval})"
-    return f"is not faster than {against} on this CPU: the two cannot be told apart ({timing.speedup:.2f}x, {interval})"
+        return f"is not faster than {against} on {place}, but slower: {timing.speedup:.2f}x its speed ({interval})"
+    return f"is not faster than {against} on {place}: the two cannot be told apart ({timing.speedup:.2f}x, {interval})"
 
 
 def _size_words(row: ModelRow, against: str) -> str:
@@ -220,13 +232,15 @@ def _noise_words(row: ModelRow, reference: ModelRow | None) -> str:
     return f"{answers}; chance explains about {noise:.{digits}f} points of top-1, and the difference is larger."
 
 
-def _tiles(row: ModelRow, twin: ModelRow | None, reference: ModelRow | None, against: str) -> Iterable[Tile]:
+def _tiles(
+    row: ModelRow, twin: ModelRow | None, reference: ModelRow | None, against: str, place: str
+) -> Iterable[Tile]:
     timing = row.timing
     if timing is not None and not timing.simulated and timing.speedup is not None:
         tone = {True: "good", False: "bad", None: "plain"}[timing.faster]
         words = {True: "as fast as", False: "slower than", None: "no faster than"}[timing.faster]
         note = f"{words} {against} ({timing.low:.2f} to {timing.high:.2f})"
-        yield Tile("Speed on this CPU", f"{timing.speedup:.2f}x", note, tone)
+        yield Tile(f"Speed on {place}", f"{timing.speedup:.2f}x", note, tone)
     if row.size is not None and row.size.ratio is not None:
         tone = "good" if row.size.ratio > 1 else "bad"
         note = f"smaller than {against}: {format_bytes(row.size.file_bytes)}"

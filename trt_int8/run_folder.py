@@ -37,6 +37,7 @@ class RunFolder:
         title: what the run is called in its report.
         config: the resolved configuration, as plain JSON data.
         machine: `trt_int8.machine.describe_machine()`.
+        backend: what runs the models, and why.
         files: names of the files that the run will write.
         resume: keep the stages that are done; otherwise every stage runs again and replaces its files.
 
@@ -51,6 +52,7 @@ class RunFolder:
         title: str,
         config: Mapping[str, Any],
         machine: Mapping[str, Any],
+        backend: Mapping[str, str],
         files: Sequence[str],
         resume: bool,
     ) -> None:
@@ -73,6 +75,7 @@ class RunFolder:
             "title": title,
             "config": dict(config),
             "machine": dict(machine),
+            "backend": dict(backend),
             "stages": {},
             "files": {},
         }

@@ -36,19 +36,26 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
         for item in sizes["models"]
     ]
     columns = ("model", "top-1 %", "agrees with FP32 %", "SQNR dB", "median ms", "speed-up", "file", "smaller")
-    lines = [row["verdict"] for row in speed["candidates"][1:]] + list(speed["warnings"])
-    if any(row["simulated"] for row in accuracy["candidates"]):
+    lines = [row["verdict"] for row in speed["candidates"][1:] if not row["simulated"]] + list(speed["warnings"])
+    if any(row["simulated"] for row in speed["candidates"]):
+        lines.append("TensorRT and the GPU are SIMULATED here: no figure of the engines is a GPU's.")
+    elif any(row["simulated"] for row in accuracy["candidates"]):
         lines.append(
             "Accuracy of the tensorrt models is that of their Q/DQ nodes run as exact fake quantization by ONNX "
             "Runtime; no GPU was measured."
         )
     title = f"{folder.name}: {reference['samples']} samples"
     delivered = [item for item in sizes["models"] if "/" not in item["file"]]
-    return [make_table(title, columns, rows), size_table(delivered)], lines
+    tables = [make_table(title, columns, rows)]
+    if any(item["weight_bytes"] for item in delivered):  # engines do not tell
+        tables.append(size_table(delivered))
+    return tables, lines
 
 
 def _speed(row: Mapping[str, Any] | None) -> tuple[str, str]:
-    return (ABSENT, ABSENT) if row is None else (f"{row['median_ms']:.3f}", f"{row['speedup']:.2f}x")
+    if row is None or row["simulated"]:
+        return ABSENT, ABSENT
+    return f"{row['median_ms']:.3f}", f"{row['speedup']:.2f}x"
 
 
 def _read(path: Path) -> dict[str, Any]:

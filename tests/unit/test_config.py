@@ -94,7 +94,18 @@ class TestRefusals:
             ({"quantize": {"fp16": "perhaps"}}, r"quantize\.fp16 is 'perhaps', expected true or false"),
             ({"quantize": {"method": "entropie"}}, r"quantize\.method is 'entropie', expected 'minmax', 'entropy', "),
             ({"quantize": {"methods": "minmax"}}, r"quantize\.methods is 'minmax', expected a list"),
-            ({"quantize": {"precision": "int8+fp16"}}, r"quantize\.precision is 'int8\+fp16', expected 'int8'"),
+            ({"build": {"precisions": ["int4"]}}, r"build\.precisions\[0\] is 'int4', expected 'fp32', 'tf32', 'fp16'"),
+            ({"build": {"precisions": ["int8"]}}, r"build: precisions is \['int8'\], expected fp32 among them"),
+            ({"build": {"precisions": ["fp32", "fp32"]}}, r"build: precisions is .*, expected each only once"),
+            ({"build": {"batch": [1, 8, 4]}}, r"build: batch is \[1, 8, 4\], expected it in ascending order"),
+            ({"build": {"batch": [1, 8]}}, r"build\.batch"),
+            ({"build": {"optimization_level": 6}}, r"build\.optimization_level is 6, expected at most 5"),
+            ({"build": {"shapes": {"x": {"min": [1], "opt": [1]}}}}, r"build\.shapes\.x\.max is missing"),
+            (
+                {"build": {"batch": [1, 1, 1], "shapes": {"x": {"min": [1], "opt": [1], "max": [1]}}}},
+                r"build: batch and shapes are both given",
+            ),
+            ({"build": {"hardware_compatibility": "all"}}, r"build\.hardware_compatibility is 'all', expected 'none'"),
             ({"quantize": {"exclude": ["("]}}, r"quantize: exclude holds '\(', which is no regular expression: "),
             (
                 {"quantize": {"methods": ["entropy", "mse", "mse"]}},
@@ -356,7 +367,7 @@ def test_schema_describes_every_key() -> None:
     schema = RunConfig.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
 
-    assert len(sections) == 9
+    assert len(sections) == 11
     for section in sections:
         assert section["additionalProperties"] is False
         assert all(entry.get("description") for entry in section["properties"].values()), section["title"]

@@ -20,7 +20,7 @@ def leaves(section: Section, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from leaves(value, f"{path}{name}.")
-        elif nested_section(field) is not None and value is not None:
+        elif nested_section(field) is not None and value:
             for item in value:
                 yield from leaves(item, f"{path}{name}.")
         else:

@@ -12,7 +12,9 @@ from trt_int8.run_folder import MANIFEST, RunFolder, read_manifest
 
 def folder(path: Path, *, resume: bool = False, files: tuple[str, ...] = ("a.txt",)) -> RunFolder:
     """Open a run's folder."""
-    return RunFolder(path, title="t", config={"k": 1}, machine={"cpu": "c"}, files=files, resume=resume)
+    return RunFolder(
+        path, title="t", config={"k": 1}, machine={"cpu": "c"}, backend={"name": "b"}, files=files, resume=resume
+    )
 
 
 def writer(run: RunFolder, text: str, calls: list[str]) -> Callable[[], str]:

@@ -1,0 +1,117 @@
+"""The build stage of a run: a TensorRT engine for each of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from calibrators.calibration import Calibration
+from calibrators.protocols import Track, untracked
+from engines.device import open_device
+from engines.onnxrt import load_header, tensor_specs
+from engines.profiles import ShapeRange, seen_profile
+from engines.runner import TensorSpec
+from trt_int8.building import build_engine
+from trt_int8.config import RunConfig
+from trt_int8.inspection import inspect
+from trt_int8.run_plan import MODEL, PlannedEngine
+
+TIMING_CACHE = "timing.cache"
+"""Kernel times that the engines of a run share: the second INT8 engine has the kernels of the first."""
+
+
+def build_engines(
+    config: RunConfig,
+    engines: Sequence[PlannedEngine],
+    calibration: Calibration,
+    folder: Path,
+    *,
+    track: Track = untracked,
+) -> list[dict[str, Any]]:
+    """Build every engine of a run.
+
+    Args:
+        config: the configuration.
+        engines: the engines; their ONNX models lie in `folder`.
+        calibration: tells the shapes that engines are built for where the configuration does not.
+        folder: the run's folder.
+        track: shows the progress.
+
+    Returns:
+        What is known of each engine, as plain JSON data: its name and its sidecar.
+
+    Raises:
+        EngineBuildError: TensorRT refused; see `trt_int8.building.build_engine`.
+    """
+    options = config.build
+    inputs, _ = tensor_specs(load_header(folder / MODEL))
+    shapes = planned_shapes(config, calibration, inputs)
+    built = []
+    with open_device() as device:
+        for engine in engines:
+            result = build_engine(
+                folder / engine.source,
+                folder / engine.folder,
+                precision=engine.precision,
+                name=engine.stem,
+                shapes=shapes,
+                batch=options.batch,
+                workspace_bytes=None if options.workspace_mib is None else options.workspace_mib * 2**20,
+                optimization_level=options.optimization_level,
+                timing_cache=folder / TIMING_CACHE,
+                hardware_compatibility=options.hardware_compatibility,
+                version_compatible=options.version_compatible,
+                device=device,
+                track=track,
+            )
+            built.append({**result.to_json(), "name": engine.name, "file": engine.file})
+    return built
+
+
+def inspect_engines(engines: Sequence[PlannedEngine], folder: Path) -> list[dict[str, Any]]:
+    """Tell which layers of each INT8 engine run in which precision, and how long they take on random inputs.
+
+    Args:
+        engines: the engines of a run, built.
+        folder: the run's folder.
+
+    Returns:
+        A table for each, as plain JSON data; see `trt_int8.inspection.Inspection.to_json`.
+
+    Raises:
+        EngineError: an engine cannot be loaded, or tells nothing of its layers.
+    """
+    return [
+        {**inspect(folder / engine.file).to_json(), "engine": engine.name}
+        for engine in engines
+        if engine.precision.startswith("int8")
+    ]
+
+
+def planned_shapes(
+    config: RunConfig, calibration: Calibration, inputs: Sequence[TensorSpec]
+) -> dict[str, ShapeRange] | None:
+    """Return the shapes that the engines of a run are built for; None where the configuration names batch sizes.
+
+    Without shapes in the configuration they are those that calibration saw, with room for the batches that accuracy is
+    judged on.
+
+    Args:
+        config: the configuration.
+        calibration: knows the shapes that were fed.
+        inputs: the model's inputs.
+    """
+    if config.build.batch is not None:
+        return None
+    if config.build.ranges is not None:
+        return config.build.ranges
+    profile = seen_profile(inputs, calibration.input_shapes)
+    judged = config.accuracy.batch_size or 1
+    for spec in inputs:
+        if spec.name in profile and spec.shape and spec.fixed_batch is None:
+            bounds = profile[spec.name]
+            largest = (max(bounds.maximum[0], judged), *bounds.maximum[1:])
+            profile[spec.name] = replace(bounds, maximum=largest)
+    return profile

@@ -1,0 +1,82 @@
+"""The quantize stage of a run: every INT8 model, the FP16 model, and TensorRT's calibration cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from calibrators.calibration import Calibration
+from calibrators.protocols import Track, untracked
+from trt_int8.auto import AutoChoice
+from trt_int8.caches import tensorrt_cache
+from trt_int8.config import QuantizeConfig, RunConfig
+from trt_int8.quantization import QuantizeResult, convert_fp16, quantize
+from trt_int8.run_plan import FP16, MODEL, Variant
+
+CACHE_VERSION = "10.16.1"
+"""TensorRT version in the cache's header; `trt-int8 cache export --tensorrt` writes it for another one."""
+
+
+def quantize_all(
+    config: RunConfig,
+    variants: Sequence[Variant],
+    calibration: Calibration,
+    folder: Path,
+    *,
+    held_back: str,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Write every INT8 model of a run, and its FP16 model where the configuration wants one.
+
+    Args:
+        config: the configuration.
+        variants: the INT8 models.
+        calibration: where their scales come from.
+        folder: the run's folder, which holds the FP32 model.
+        held_back: the data that `auto` chooses by.
+        track: shows the progress.
+
+    Returns:
+        The content of `quantization.json`.
+
+    Raises:
+        TrtInt8Error: see `trt_int8.quantization.quantize`.
+    """
+    options = config.quantize
+    results: list[QuantizeResult] = []
+    auto: AutoChoice | None = None
+    for variant in track(variants, "quantize", len(variants)):
+        result = quantize(
+            folder / MODEL,
+            calibration,
+            output=folder / variant.file,
+            method=variant.method,
+            percentile=options.percentile,
+            target=variant.target,
+            precision=variant.precision,
+            residual=options.residual,
+            exclude=options.exclude,
+            data=held_back if variant.method == "auto" else None,
+            preprocessing=config.data.preprocessing_for(held_back),
+            auto=auto,
+            track=track,
+        )
+        auto = result.auto or auto
+        results.append(result)
+    half = convert_fp16(folder / MODEL, calibration, output=folder / FP16) if options.fp16 else None
+    return {
+        "models": [
+            {**result.to_json(), "name": variant.name, "file": variant.file}
+            for variant, result in zip(variants, results, strict=True)
+        ],
+        "fp16": None if half is None else half.to_json(),
+    }
+
+
+def save_cache(calibration: Calibration, config: QuantizeConfig, file: Path) -> None:
+    """Write the delivered method's scales as TensorRT's calibration cache."""
+    cache = tensorrt_cache(
+        calibration, method=config.method, percentile=config.percentile, tensorrt_version=CACHE_VERSION
+    )
+    cache.save(file)
