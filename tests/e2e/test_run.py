@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from trt_int8.backends import choose_backend
 from trt_int8.cli import main
 
 MODEL = '''
@@ -72,6 +73,10 @@ output: out
 """
 
 
+ON_CPU = ["--backend", "onnxruntime"]
+"""What these tests state is true of the processor; tests/tensorrt runs the same over TensorRT."""
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the model's code, data with labels, a configuration."""
@@ -88,7 +93,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(project: Path) -> Path:
     """The folder of a finished run."""
-    assert main(["run", str(project / "config.yaml")]) == 0
+    assert main(["run", *ON_CPU, str(project / "config.yaml")]) == 0
     return project / "out"
 
 
@@ -116,7 +121,7 @@ def test_accuracy_covers_every_model(finished: Path):
     result = read(finished / "accuracy.json")
     rows = {row["name"]: row for row in result["candidates"]}
 
-    assert set(rows) == {"FP16"} | {
+    assert set(rows) == {"FP16", "INT8+FP16 entropy, tensorrt"} | {
         f"INT8 {method}, {target}" for method in ("minmax", "entropy", "auto") for target in ("tensorrt", "cpu")
     }
     assert all(row["samples"] == 40 and row["top1"] is not None for row in rows.values())
@@ -161,7 +166,7 @@ def test_resume_keeps_finished_stages(project: Path, finished: Path):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.onnx")}
     measured = read(finished / "benchmark.json")
 
-    assert main(["run", str(project / "config.yaml"), "--resume"]) == 0
+    assert main(["run", *ON_CPU, str(project / "config.yaml"), "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.onnx")} == before
     assert read(finished / "benchmark.json") == measured
 
@@ -171,7 +176,7 @@ def test_resume_makes_a_damaged_file_again(project: Path, finished: Path):
     original = (finished / "model.int8.onnx").read_bytes()
     (finished / "model.int8.onnx").write_bytes(original[:-100])
 
-    assert main(["run", str(project / "config.yaml"), "--resume"]) == 0
+    assert main(["run", *ON_CPU, str(project / "config.yaml"), "--resume"]) == 0
     assert (finished / "model.int8.onnx").read_bytes() == original
 
 
@@ -180,7 +185,9 @@ def resumed(project: Path, *settings: str) -> int:
     words = ["--set", "quantize.methods=[minmax]", "--set", "quantize.method=minmax", "--set", "data.labels=null"]
     for setting in settings:
         words += ["--set", setting]
-    return main(["run", str(project / "config.yaml"), *words, "--output", str(project / "changing"), "--resume"])
+    return main(
+        ["run", *ON_CPU, str(project / "config.yaml"), *words, "--output", str(project / "changing"), "--resume"]
+    )
 
 
 def test_resume_sees_changed_code_and_data(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -266,7 +273,7 @@ def test_folder_of_the_user_is_left_alone(project: Path, capfd: pytest.CaptureFi
     folder.mkdir()
     (folder / "model.onnx").write_text("precious")
 
-    assert main(["run", str(project / "config.yaml"), "--output", str(folder)]) == 1
+    assert main(["run", *ON_CPU, str(project / "config.yaml"), "--output", str(folder)]) == 1
     assert "model.onnx" in capfd.readouterr().err
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("model.onnx", "precious")]
 
@@ -376,3 +383,18 @@ def test_full_disk(
     assert done.stderr.splitlines()[-1].startswith(f"error: Cannot write '{output}'")
     assert "Traceback" not in done.stderr
     assert list(output.parent.iterdir()) == []
+
+
+def test_the_backend_and_its_reason_are_said(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On stderr and in the manifest; asking for TensorRT where there is none ends with one line before any stage."""
+    folder = project / "chosen"
+    arguments = ["run", str(project / "config.yaml"), "--output", str(folder), "--set", "quantize.methods=[entropy]"]
+    assert main([*arguments, *ON_CPU]) == 0
+    assert "backend: onnxruntime (as asked for)" in capfd.readouterr().err
+    assert read(folder / "manifest.json")["backend"] == {"name": "onnxruntime", "reason": "as asked for"}
+
+    if choose_backend("auto").name == "onnxruntime":
+        assert main([*arguments, "--backend", "tensorrt"]) == 1
+        error = capfd.readouterr().err
+        assert error.startswith("error: Cannot run on TensorRT: ")
+        assert error.count("\n") == 1

@@ -63,7 +63,7 @@ def test_pipeline_reads_its_configuration(tiny_model: Path, tmp_path: Path) -> N
         "quantize: {methods: [mse], method: mse, targets: [cpu], fp16: false}\n"
         "benchmark: {rounds: 5, budget_s: 0.05, warmup_s: 0.01}\n"
     )
-    result = Pipeline(str(tmp_path / "mine.yaml"), output=str(tmp_path / "out")).run()
+    result = Pipeline(str(tmp_path / "mine.yaml"), output=str(tmp_path / "out"), backend="onnxruntime").run()
 
     assert result.folder == tmp_path / "out"
     assert result.report.is_file()
