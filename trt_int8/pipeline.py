@@ -180,6 +180,7 @@ class Pipeline:
             "model": model,
             "calibration": sha256_of_file(run.file(CALIBRATION)),
             "quantize": config.model_dump(mode="json"),
+            "models": [variant.name for variant in self.plan.variants],
             "data": data.model_dump(mode="json"),
         }
 
@@ -201,6 +202,7 @@ class Pipeline:
 
     def _build(self, run: RunFolder, calibration: Calibration) -> None:
         if not self.plan.engines:
+            run.drop("build")
             return
         self._announce("build")
         key = {

@@ -128,6 +128,11 @@ class RunFolder:
         self.write()
         return result
 
+    def drop(self, name: str) -> None:
+        """Remove what a stage of an earlier run wrote, where this run does not have that stage."""
+        for file in self._before.get(name, {}).get("files", ()):
+            self.file(file).unlink(missing_ok=True)
+
     def write(self) -> None:
         """Write the manifest."""
         write_json(self.file(MANIFEST), self._manifest)

@@ -122,3 +122,16 @@ def test_a_batch_that_the_profile_does_not_hold_is_named(project: Path, capfd: p
     assert error.startswith("error: ")
     assert "(4, 3, 8, 8)" in error
     assert "max (2, 3, 8, 8)" in error
+
+
+def test_a_run_on_the_processor_takes_the_engines_away(project: Path) -> None:
+    """The folder of a run holds what that run made: no engine, and no word of one in the report."""
+    folder = project / "both"
+    arguments = ["run", str(project / "config.yaml"), "--output", str(folder), "--set", "quantize.methods=[entropy]"]
+    assert main([*arguments, "--backend", "tensorrt"]) == 0
+    assert list(folder.glob("*.engine"))
+    assert main([*arguments, "--backend", "onnxruntime", "--resume"]) == 0
+
+    assert not list(folder.rglob("*.engine*"))
+    assert "SIMULATED" not in (folder / "report.html").read_text()
+    assert (folder / "model.int8.cpu.onnx").exists()

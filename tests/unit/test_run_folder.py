@@ -141,3 +141,16 @@ def test_not_a_run(tmp_path: Path):
     """A folder without a manifest is no run."""
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         read_manifest(tmp_path)
+
+
+def test_what_a_stage_left_is_removed_where_it_is_no_more(tmp_path: Path) -> None:
+    """A run without a stage of the one before takes that stage's files away, and no others."""
+    first = folder(tmp_path)
+    first.stage("build", {"k": 1}, ["a.engine"], lambda: (tmp_path / "a.engine").write_text("a"), lambda: 0)
+    (tmp_path / "mine.txt").write_text("kept")
+    second = folder(tmp_path)
+    second.drop("build")
+    second.drop("unknown")
+
+    assert not (tmp_path / "a.engine").exists()
+    assert (tmp_path / "mine.txt").exists()
