@@ -306,4 +306,9 @@ def _advice(log: LogLines) -> str:
         return "Build it as fp16 or fp32."
     if any("memory" in text.lower() for text in log.errors):
         return "Lower the workspace limit or the profile's largest shape, or free device memory."
+    if any("could not find any implementation" in text.lower() for text in log.errors):
+        return (
+            "TensorRT has no kernel for the layer that it names: quantize the model again without it (--exclude), or "
+            "raise the workspace limit."
+        )
     return "The error's log_lines hold the rest of TensorRT's log."

@@ -89,7 +89,8 @@ def parse_layers(text: str, times: Mapping[str, float] | None = None) -> tuple[E
         EngineError: it is not such JSON, or the engine was built without the details of its layers.
     """
     try:
-        layers = list(json.loads(text)["Layers"])
+        # Between the nodes of a layer stands a control character, which some releases write as it is.
+        layers = list(json.loads(text, strict=False)["Layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"Cannot read what TensorRT's inspector says of the engine ({type(error).__name__}: {error}); expected "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 _log = logging.getLogger(__name__)
+
+_WITHOUT_SCALE = re.compile(r"Missing scale and zero-point for tensor (.+?), expect fall back")
+
+_LISTED = 5
+"""Tensors that a warning names before it only counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,16 @@ class LogLines:
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings, each text once."""
-        return list(dict.fromkeys(line.text for line in self.lines if line.level == logging.WARNING))
+        """The warnings, each text once; tensors without a scale, a line each in the log, are one warning."""
+        texts = dict.fromkeys(line.text for line in self.lines if line.level == logging.WARNING)
+        tensors = {text: match[1] for text in texts if (match := _WITHOUT_SCALE.search(text))}
+        others = [text for text in texts if text not in tensors]
+        if not tensors:
+            return others
+        names = list(tensors.values())
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        summary = f"TensorRT has no scale for {len(names)} tensors, and layers that read or write them are not INT8"
+        return [*others, f"{summary}: {', '.join(names[:_LISTED])}{more}"]
 
     @property
     def texts(self) -> list[str]:
@@ -58,6 +72,12 @@ class LogLines:
         for text in (*self.errors, *reversed(self.texts)):
             return _one_line(text)
         return "it logged nothing"
+
+    def take(self) -> str:
+        """Return what to quote, and forget all lines: what fails next is not explained by them."""
+        quoted = self.quote()
+        self.lines.clear()
+        return quoted
 
 
 class TensorRTLog:
@@ -138,10 +158,15 @@ class TensorRTLog:
 def tensorrt_log(trt: Any) -> TensorRTLog:
     """Return the process's logger for TensorRT; it lives as long as the process, as TensorRT needs it to.
 
+    TensorRT's own plugins are registered with it: the ONNX parser makes some operators of them (RoiAlign, DeformConv),
+    and a plan that holds one cannot be loaded before.
+
     Args:
         trt: the module `tensorrt`.
     """
-    return TensorRTLog(trt)
+    log = TensorRTLog(trt)
+    trt.init_libnvinfer_plugins(log.logger, "")
+    return log
 
 
 def _one_line(text: str) -> str:

@@ -144,7 +144,13 @@ class TensorRTRunner:
             check_driver(device)
             if sidecar is not None:
                 check_environment(self.path, sidecar, Environment.of(trt, device))
-            runtime = trt.Runtime(tensorrt_log(trt).logger)
+            try:
+                runtime = trt.Runtime(tensorrt_log(trt).logger)
+            except TypeError as error:  # the bindings' word for "TensorRT returned nothing"
+                raise EngineLoadError(
+                    f"TensorRT {trt.__version__} cannot start to load the engine {str(self.path)!r}: {log.quote()}. "
+                    "Check the driver with `trt-int8 doctor`."
+                ) from error
             if sidecar is not None and sidecar.version_compatible:
                 # Such a plan brings code for the host along. The sidecar covers it, so it is the plan that we built.
                 runtime.engine_host_code_allowed = True

@@ -34,7 +34,7 @@ class _Buffer:
         if nbytes > self._size:
             if self.address:
                 self._device.free(self.address)
-                self.address = 0
+                self.address, self._size = 0, -1  # there may be no memory for the next one
             self.address = self._device.allocate(nbytes)
             self._size = nbytes
 
@@ -147,7 +147,7 @@ class EngineSession:
         self._choose_profile(wanted)
         for name, shape in wanted.items():
             if name in self._dynamic and not self._context.set_input_shape(name, shape):
-                raise InferenceError(f"{self.name} does not take {shape} for {name!r}: {self._log.quote()}.")
+                raise InferenceError(f"{self.name} does not take {shape} for {name!r}: {self._log.take()}.")
             tensor = self._inputs[name]
             tensor.buffer.reserve_device(int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize)
             self._context.set_tensor_address(name, tensor.buffer.address)
@@ -196,7 +196,7 @@ class EngineSession:
             for allocator in self._allocators.values():
                 if allocator.error is not None:
                     raise InferenceError(f"{self.name} failed: {allocator.error}") from allocator.error
-            raise InferenceError(f"{self.name} failed in TensorRT: {self._log.quote()}.")
+            raise InferenceError(f"{self.name} failed in TensorRT: {self._log.take()}.")
 
     def copy_out(self) -> None:
         """Queue the copies of all outputs into pinned memory; shapes known only now are read first."""
@@ -238,6 +238,7 @@ class EngineSession:
         try:
             self._graph = self.device.capture(self.execute)
         except (DeviceError, InferenceError) as error:
+            self._log.take()
             return str(error)
         return None
 
@@ -259,7 +260,7 @@ class EngineSession:
             # The old profile's shapes and addresses may still be in use by queued work.
             self.device.synchronize()
             if not self._context.set_optimization_profile_async(chosen, self.device.stream):
-                raise InferenceError(f"{self.name} cannot switch to profile {chosen}: {self._log.quote()}.")
+                raise InferenceError(f"{self.name} cannot switch to profile {chosen}: {self._log.take()}.")
             self.device.synchronize()
 
 

@@ -14,8 +14,11 @@ from trt_int8.machine import CudaDriver, installed_version, read_cuda_driver
 BackendName = Literal["onnxruntime", "tensorrt"]
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt"]
 
-TENSORRT_11_MINIMUM = (7, 5)
-"""The compute capability from which GPUs are supported by TensorRT 11."""
+MINIMUM_CAPABILITY = (7, 5)
+"""The compute capability (Turing's) from which TensorRT supports GPUs, since its release `TURING_RELEASE`."""
+
+TURING_RELEASE = (10, 5)
+"""The TensorRT release that dropped Volta."""
 
 DEVICE_LIBRARIES = {"pycuda": "pycuda.driver", "cuda-python": "cuda.bindings.driver"}
 """The packages that serve device memory, in the order in which `engines.device.open_device` takes them, to the module
@@ -133,11 +136,12 @@ def _find_tensorrt(cuda: CudaDriver, load: Load, installed: Installed) -> str | 
         return _Obstacle(problem, "Update the NVIDIA driver, or install the TensorRT wheel for its CUDA.", DeviceError)
     version = str(load("tensorrt", "read its version").__version__)
     gpu = cuda.gpus[0]
-    if int(version.partition(".")[0]) >= 11 and gpu.compute_capability < TENSORRT_11_MINIMUM:
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if release >= TURING_RELEASE and gpu.compute_capability < MINIMUM_CAPABILITY:
         return _Obstacle(
             f"{gpu.name} has compute capability {'.'.join(map(str, gpu.compute_capability))}, "
-            f"and TensorRT {version} begins with {'.'.join(map(str, TENSORRT_11_MINIMUM))}",
-            "Install `pip install 'trt-int8[tensorrt10]'`, or take a newer GPU.",
+            f"and TensorRT {version} begins with {'.'.join(map(str, MINIMUM_CAPABILITY))}",
+            "Take a GPU of the Turing generation or newer; `--backend onnxruntime` runs on the processor.",
             DeviceError,
         )
     problems = {name: loading_problem(module, load) for name, module in DEVICE_LIBRARIES.items()}

@@ -13,7 +13,7 @@ from engines.optional import require
 from engines.trt_checks import WHEELS
 from trt_int8 import __version__
 from trt_int8.backends import (
-    TENSORRT_11_MINIMUM,
+    MINIMUM_CAPABILITY,
     Installed,
     Load,
     choose_backend,
@@ -196,7 +196,7 @@ def _tensor_cores(gpu: Gpu) -> str:
         if gpu.compute_capability >= minimum
     ]
     cores = f"tensor cores for {' and '.join(kinds)}" if kinds else "no tensor cores for FP16 or INT8"
-    taken = "" if gpu.compute_capability >= TENSORRT_11_MINIMUM else "; too old for TensorRT 11, which begins with 7.5"
+    taken = "" if gpu.compute_capability >= MINIMUM_CAPABILITY else "; too old for TensorRT, which begins with 7.5"
     return f"compute capability {capability}: {cores}{taken}"
 
 

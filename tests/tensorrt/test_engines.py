@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,6 +265,7 @@ def test_a_failed_build_quotes_the_log(tiny_model: Path, monkeypatch: pytest.Mon
     with pytest.raises(EngineBuildError) as caught:
         build_engine(tiny_model, path, options(tiny_model))
     assert caught.value.log_lines
+    assert "without it (--exclude)" in str(caught.value)
     assert not path.exists()
     assert not sidecar_path(path).exists()
 
@@ -355,7 +357,7 @@ def test_a_trusted_file_that_is_no_plan_quotes_tensorrt(tmp_path: Path) -> None:
 
 
 def test_out_of_device_memory_says_how_much_was_asked(tiny_model: Path) -> None:
-    """The bytes, what is free, and what to lower; a smaller batch then runs."""
+    """The bytes, what is free, and what to lower; a smaller batch then runs, of a size that ran before too."""
     inputs, _ = tensor_specs(load_header(tiny_model))
     path = tiny_model.with_name("m.engine")
     build_engine(tiny_model, path, BuildOptions(profiles=[batch_profile(inputs, 1, 1, 4096)]))
@@ -364,6 +366,7 @@ def test_out_of_device_memory_says_how_much_was_asked(tiny_model: Path) -> None:
         "from engines.errors import InferenceError\n"
         "from engines.trt_runner import TensorRTRunner\n"
         "with TensorRTRunner(sys.argv[1]) as runner:\n"
+        "    runner.infer({'input': np.zeros((4, 3, 8, 8), np.float32)})\n"
         "    try:\n"
         "        runner.infer({'input': np.zeros((4096, 3, 8, 8), np.float32)})\n"
         "    except InferenceError as caught:\n"
@@ -511,6 +514,59 @@ def test_the_log_goes_to_those_who_listen() -> None:
     assert outer.quote() == "one two"
     assert (outer.warnings, inner.texts, kept.texts) == (["both"], ["both"], ["aside"])
     assert tensorrt_log(trt) is log
+
+
+def test_tensors_without_a_scale_are_one_warning() -> None:
+    """TensorRT logs a line for each; hundreds of them would bury every other note."""
+    log = tensorrt_log(trt)
+    with log.listen() as lines:
+        log.logger.log(trt.ILogger.WARNING, "first")
+        for name in ("a:0", *"bcdefg", "a:0"):
+            text = f"Missing scale and zero-point for tensor {name}, expect fall back to non-int8 implementation"
+            log.logger.log(trt.ILogger.WARNING, text)
+        log.logger.log(trt.ILogger.WARNING, "last")
+
+    assert lines.warnings[:2] == ["first", "last"]
+    assert len(lines.warnings) == 3
+    assert "no scale for 7 tensors" in lines.warnings[2]
+    assert lines.warnings[2].endswith("a:0, b, c, d, e and 2 more")
+
+
+def test_plugins_are_registered_before_anything_is_parsed_or_loaded() -> None:
+    """Once for the process, with its logger: the parser makes operators such as RoiAlign of them."""
+    calls: list[tuple[Any, str]] = []
+    module: Any = types.ModuleType("tensorrt")
+    module.ILogger = trt.ILogger
+    module.init_libnvinfer_plugins = lambda logger, namespace: calls.append((logger, namespace))
+    log = tensorrt_log(module)
+
+    assert tensorrt_log(module) is log
+    assert calls == [(log.logger, "")]
+    assert trt.init_libnvinfer_plugins(log.logger, "")
+
+
+def test_each_failure_quotes_its_own_log(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner lives long; what TensorRT said of an earlier failure does not explain the next one."""
+    with TensorRTRunner(engine) as runner:
+        for reason in ("first", "second"):
+            monkeypatch.setenv("TRTSIM_FAIL", "enqueue")
+            tensorrt_log(trt).logger.log(trt.ILogger.ERROR, f"the {reason} trouble")
+            with pytest.raises(InferenceError, match=f"failed in TensorRT: the {reason} trouble"):
+                runner.infer(BATCHES[0])
+            monkeypatch.delenv("TRTSIM_FAIL")
+            assert runner.infer(BATCHES[0])["logits"].shape == (4, 7)
+
+
+def test_a_runtime_that_does_not_start_quotes_tensorrt(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings raise a TypeError where TensorRT returns nothing; it becomes one line."""
+
+    def refuse(logger: Any) -> None:
+        logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Runtime", refuse)
+    with pytest.raises(EngineLoadError, match=r"cannot start to load .*failure with error: 35"), TensorRTRunner(engine):
+        raise AssertionError("it was entered")
 
 
 def test_weights_beside_the_model_are_found(tiny_model: Path, run_model: Callable[..., Any]) -> None:

@@ -76,7 +76,7 @@ def test_tensorrt_is_taken_where_all_that_it_needs_is_there(requested: BackendCh
         (
             driver((7, 0)), EVERYTHING, "",
             "NVIDIA X has compute capability 7.0, and TensorRT 11.4.0 begins with 7.5",
-            DeviceError, r"trt-int8\[tensorrt10\]",
+            DeviceError, "--backend onnxruntime",
         ),
         (
             driver(), {"tensorrt": "11.4.0", "pycuda": ImportError("libcuda.so.1: no such file")}, "",
@@ -110,9 +110,12 @@ def test_a_driver_serves_the_wheels_of_older_cuda(cuda_version: str, wheel: str)
     assert Packages(**EVERYTHING).choose("auto", driver(cuda_version=cuda_version), wheel)[0] == "tensorrt"
 
 
-def test_an_old_gpu_is_served_by_tensorrt_10() -> None:
-    """Compute capability 7.0 is too old for TensorRT 11 alone."""
-    assert Packages(tensorrt="10.16.1", cuda="1").choose("auto", driver((7, 0)))[0] == "tensorrt"
+@pytest.mark.parametrize(("version", "taken"), [("10.4.0", True), ("10.5.0", False), ("10.16.1.11", False)])
+def test_volta_is_served_by_the_releases_before_turing_became_the_oldest(version: str, taken: bool) -> None:
+    """TensorRT 10.5 dropped compute capability 7.0, not TensorRT 11."""
+    name, _ = Packages(tensorrt=version, cuda="1").choose("auto", driver((7, 0)))
+
+    assert (name == "tensorrt") is taken
 
 
 def test_onnx_runtime_is_not_questioned() -> None:

@@ -108,15 +108,15 @@ def test_no_gpu_says_why() -> None:
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        ((6, 1), "6.1: no tensor cores for FP16 or INT8; too old for TensorRT 11, which begins with 7.5"),
-        ((7, 0), "7.0: tensor cores for FP16; too old for TensorRT 11, which begins with 7.5"),
-        ((7, 2), "7.2: tensor cores for FP16 and INT8; too old for TensorRT 11, which begins with 7.5"),
+        ((6, 1), "6.1: no tensor cores for FP16 or INT8; too old for TensorRT, which begins with 7.5"),
+        ((7, 0), "7.0: tensor cores for FP16; too old for TensorRT, which begins with 7.5"),
+        ((7, 2), "7.2: tensor cores for FP16 and INT8; too old for TensorRT, which begins with 7.5"),
         ((7, 5), "7.5: tensor cores for FP16 and INT8"),
         ((10, 0), "10.0: tensor cores for FP16 and INT8"),
     ],
 )
 def test_compute_capability_is_explained(capability: tuple[int, int], expected: str) -> None:
-    """Tensor cores for FP16 begin with 7.0, for INT8 with 7.2, TensorRT 11 with 7.5; 10.0 is newer than 9.0."""
+    """Tensor cores for FP16 begin with 7.0, for INT8 with 7.2, TensorRT with 7.5; 10.0 is newer than 9.0."""
     sections = look(gpu_machine(*capability))
 
     assert said(sections, "NVIDIA GPU", "GPU") == f"NVIDIA X | compute capability {expected}"

@@ -98,6 +98,15 @@ def test_other_text_is_refused(text: str) -> None:
         parse_layers(text)
 
 
+def test_control_characters_may_stand_as_they_are() -> None:
+    """Some releases do not escape what stands between the nodes of a layer, which JSON asks for."""
+    layer = {"Name": "conv", "LayerType": "CaskConvolution", "Metadata": "[ONNX Layer: q]|[ONNX Layer: conv]"}
+
+    (found,) = parse_layers(json.dumps({"Layers": [layer]}).replace("|", "\x1e"))
+
+    assert found.nodes == ("q", "conv")
+
+
 def test_names_alone_are_refused() -> None:
     """An engine built without detailed verbosity says nothing about precision."""
     with pytest.raises(EngineError, match="only the names"):
