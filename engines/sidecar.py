@@ -251,7 +251,7 @@ def check_environment(plan: str | os.PathLike[str], sidecar: Sidecar, here: Envi
     elif not _release_fits(sidecar, here):
         found = f"it was built with TensorRT {built.tensorrt}, this is TensorRT {here.tensorrt}"
         if sidecar.version_compatible:
-            found += "; a version-compatible plan runs with the same release and newer ones"
+            found += "; a version-compatible plan runs with the same release and newer ones, up to the next major one"
     elif not _gpu_fits(sidecar, here):
         found = (
             f"it was built for {built.gpu} (compute capability {built.compute_capability}), this is {here.gpu} "
@@ -279,7 +279,8 @@ def sha256_of_model(files: Sequence[Path]) -> str:
 
 def _release_fits(sidecar: Sidecar, here: Environment) -> bool:
     if sidecar.version_compatible:
-        return _numbers(here.tensorrt) >= _numbers(sidecar.environment.tensorrt)
+        built, found = _numbers(sidecar.environment.tensorrt), _numbers(here.tensorrt)
+        return built <= found and found[0] <= built[0] + 1
     return here.tensorrt == sidecar.environment.tensorrt
 
 

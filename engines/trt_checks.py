@@ -37,7 +37,8 @@ def check_driver(device: Device) -> None:
     wheel = package.removesuffix("-bindings")
     raise DeviceError(
         f"Cannot use TensorRT {_version(package)} on {device.name}: {here}; {wheel} needs CUDA "
-        f"{cuda[0]}.{cuda[1]}. Install driver {driver} or newer, or a TensorRT that is built for an older CUDA."
+        f"{cuda[0]}.{cuda[1]}. Install driver {driver} or newer, or a TensorRT that is built for an older "
+        "CUDA (the extras tensorrt10-cu12 and tensorrt11-cu12)."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,6 +239,12 @@ class EngineSession:
         try:
             self._graph = self.device.capture(self.execute)
         except (DeviceError, InferenceError) as error:
+            self._log.take()
+            # CUDA's runtime library, through which TensorRT launches, keeps the error of what could not be captured
+            # until somebody asks for it: a run of no consequence does, and the next one counts again.
+            with suppress(DeviceError, InferenceError):
+                self.execute()
+                self.synchronize()
             self._log.take()
             return str(error)
         return None

@@ -15,6 +15,7 @@ from engines.profiles import ShapeRange, seen_profile
 from engines.runner import TensorSpec
 from trt_int8.building import build_engine
 from trt_int8.config import RunConfig
+from trt_int8.errors import EngineError
 from trt_int8.inspection import inspect
 from trt_int8.run_plan import MODEL, PlannedEngine
 
@@ -78,16 +79,19 @@ def inspect_engines(engines: Sequence[PlannedEngine], folder: Path) -> list[dict
         folder: the run's folder.
 
     Returns:
-        A table for each, as plain JSON data; see `trt_int8.inspection.Inspection.to_json`.
-
-    Raises:
-        EngineError: an engine cannot be loaded, or tells nothing of its layers.
+        A table for each, as plain JSON data; see `trt_int8.inspection.Inspection.to_json`. Of an engine that tells
+        nothing of its layers the table is empty, and its summary says why: a run of hours is not lost for that.
     """
-    return [
-        {**inspect(folder / engine.file).to_json(), "engine": engine.name}
-        for engine in engines
-        if engine.precision.startswith("int8")
-    ]
+    tables = []
+    for engine in engines:
+        if not engine.precision.startswith("int8"):
+            continue
+        try:
+            table = inspect(folder / engine.file).to_json()
+        except EngineError as error:
+            table = {"summary": str(error), "rows": [], "layers": []}
+        tables.append({**table, "engine": engine.name})
+    return tables
 
 
 def planned_shapes(

@@ -134,6 +134,7 @@ def test_a_missing_plan_is_named(tmp_path: Path) -> None:
     [
         ({"tensorrt": "10.3.0.26"}, {}, "built with TensorRT 10.3.0.26, this is TensorRT 10.16.1.11"),
         ({"tensorrt": "11.4.0.106"}, {"version_compatible": True}, "runs with the same release and newer ones"),
+        ({"tensorrt": "8.6.1.6"}, {"version_compatible": True}, "up to the next major one"),
         ({"gpu": "NVIDIA T4", "compute_capability": "7.5"}, {}, r"NVIDIA T4 .*7\.5.*, this is NVIDIA L4 .*8\.9"),
         ({"gpu": "NVIDIA RTX 4090"}, {}, "built for NVIDIA RTX 4090"),
         ({"compute_capability": "8.6"}, {"hardware_compatibility": "same_compute_capability"}, r"8\.6.*this is"),

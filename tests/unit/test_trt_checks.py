@@ -43,7 +43,8 @@ def test_a_driver_that_is_too_old(installed: dict[str, str]) -> None:
 
     assert str(caught.value) == (
         "Cannot use TensorRT 11.4.0 on NVIDIA T4: the NVIDIA driver 550.54.14 serves CUDA 12.4 at most; tensorrt-cu13 "
-        "needs CUDA 13.0. Install driver 580 or newer, or a TensorRT that is built for an older CUDA."
+        "needs CUDA 13.0. Install driver 580 or newer, or a TensorRT that is built for an older CUDA "
+        "(the extras tensorrt10-cu12 and tensorrt11-cu12)."
     )
     installed.clear()
     installed["tensorrt-cu12-bindings"] = "10.16.1"
