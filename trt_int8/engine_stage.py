@@ -11,11 +11,11 @@ from calibrators.calibration import Calibration
 from calibrators.protocols import Track, untracked
 from engines.device import open_device
 from engines.onnxrt import load_header, tensor_specs
-from engines.profiles import ShapeRange, seen_profile
+from engines.profiles import ShapeRange, batch_profile, check_profiles, seen_profile
 from engines.runner import TensorSpec
 from trt_int8.building import build_engine
 from trt_int8.config import RunConfig
-from trt_int8.errors import EngineError
+from trt_int8.errors import ConfigError, EngineError
 from trt_int8.inspection import inspect
 from trt_int8.run_plan import MODEL, PlannedEngine
 
@@ -92,6 +92,37 @@ def inspect_engines(engines: Sequence[PlannedEngine], folder: Path) -> list[dict
             table = {"summary": str(error), "rows": [], "layers": []}
         tables.append({**table, "engine": engine.name})
     return tables
+
+
+def check_shapes(config: RunConfig, inputs: Sequence[TensorSpec]) -> None:
+    """Check that the shapes of a configuration fit the model and hold its batches, before anything slow is done.
+
+    Args:
+        config: the configuration.
+        inputs: the model's inputs.
+
+    Raises:
+        ConfigError: a batch size of the data lies outside of the shapes.
+        EngineBuildError: the shapes do not fit the model's inputs.
+    """
+    options = config.build
+    if options.batch is None and options.ranges is None:
+        return
+    profile = options.ranges if options.batch is None else batch_profile(inputs, *options.batch)
+    check_profiles(repr(MODEL), inputs, [profile or {}])
+    key = "build.shapes" if options.batch is None else "build.batch"
+    sizes = {"data.batch_size": config.data.batch_size, "accuracy.batch_size": config.accuracy.batch_size}
+    for spec in inputs:
+        bounds = (profile or {}).get(spec.name)
+        if bounds is None or not bounds.minimum or spec.fixed_batch is not None:
+            continue
+        low, high = bounds.minimum[0], bounds.maximum[0]
+        for name, size in sizes.items():
+            if size is not None and not low <= size <= high:
+                raise ConfigError(
+                    f"Cannot run with {name} = {size}: {key} builds engines that take batches of {low} to {high} for "
+                    f"input {spec.name!r}. Change one of the two."
+                )
 
 
 def planned_shapes(

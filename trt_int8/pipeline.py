@@ -25,7 +25,7 @@ from trt_int8.backends import BackendChoice, choose_backend
 from trt_int8.benchmarking import BENCHMARK_BATCHES, time_side_by_side
 from trt_int8.calibration import calibrate
 from trt_int8.config import RunConfig, load_config
-from trt_int8.engine_stage import build_engines, inspect_engines
+from trt_int8.engine_stage import build_engines, check_shapes, inspect_engines
 from trt_int8.entry_points import source_file
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
@@ -301,7 +301,10 @@ class Pipeline:
         )
 
     def _check_data(self, run: RunFolder) -> None:
-        unknown = self._data.check(OnnxRuntimeRunner(run.file(MODEL), name=MODEL))
+        model = OnnxRuntimeRunner(run.file(MODEL), name=MODEL)
+        if self.plan.engines:
+            check_shapes(self.config, model.inputs)
+        unknown = self._data.check(model)
         if self._resume and unknown:
             self._announce(
                 f"what was made from {' and '.join(unknown)} is made again: data from code may have changed; "

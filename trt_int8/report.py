@@ -87,9 +87,10 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
     files = {name: _read_json(folder / f"{name}.json") for name in names}
     calibration = _read_calibration(folder / "calibration.npz")
 
-    rows = model_rows(files["quantization"], files["benchmark"], files["accuracy"], files["sizes"], files["engines"])
     engines = (files["engines"] or {}).get("engines") or ()
     gpu = engines[0]["environment"]["gpu"] if engines else None
+    sizes = None if gpu == SIMULATED else files["sizes"]  # such plan files hold what the simulation needs
+    rows = model_rows(files["quantization"], files["benchmark"], files["accuracy"], sizes, files["engines"])
     groups = _size_groups(rows)
     own_evaluation = not config.get("data") or bool(config["data"].get("evaluation"))
     tensors = () if calibration is None else tensor_rows(calibration, files["quantization"], percentile)

@@ -23,6 +23,7 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
     reference = accuracy["reference_scores"]
     scores = {row["name"]: row for row in [reference, *accuracy["candidates"]]}
     times = {row["name"]: row for row in speed["candidates"]}
+    simulated = any(row["simulated"] for row in speed["candidates"])
     rows = [
         (
             item["name"],
@@ -30,14 +31,13 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
             number(scores[item["name"]].get("agreement"), ".2f"),
             number(scores[item["name"]].get("sqnr_db"), ".1f"),
             *_speed(times.get(item["name"])),
-            size(item["file_bytes"]),
-            f"{item['ratio']:.2f}x",
+            *((ABSENT, ABSENT) if simulated else (size(item["file_bytes"]), f"{item['ratio']:.2f}x")),
         )
         for item in sizes["models"]
     ]
     columns = ("model", "top-1 %", "agrees with FP32 %", "SQNR dB", "median ms", "speed-up", "file", "smaller")
     lines = [row["verdict"] for row in speed["candidates"][1:] if not row["simulated"]] + list(speed["warnings"])
-    if any(row["simulated"] for row in speed["candidates"]):
+    if simulated:
         lines.append("TensorRT and the GPU are SIMULATED here: no figure of the engines is a GPU's.")
     elif any(row["simulated"] for row in accuracy["candidates"]):
         lines.append(

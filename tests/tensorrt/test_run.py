@@ -112,16 +112,31 @@ def test_auto_takes_tensorrt_where_it_is_found(project: Path, capfd: pytest.Capt
     assert sorted(path.name for path in output.glob("*.engine")) == ["model.fp32.engine", "model.int8.engine"]
 
 
-def test_a_batch_that_the_profile_does_not_hold_is_named(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Shapes of the configuration that are too small for the data: one line with the profile."""
-    arguments = ["--set", "build.batch=[1,1,2]", "--set", "quantize.methods=[entropy]"]
-    status = main(["run", str(project / "config.yaml"), "--output", str(project / "small"), *arguments])
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("build.batch=[1,1,2]", "data.batch_size = 4: build.batch builds engines that take batches of 1 to 2 for inp"),
+        (
+            "build.shapes={input: {min: [1,3,8,8], opt: [2,3,8,8], max: [3,3,8,8]}}",
+            "data.batch_size = 4: build.shapes builds engines that take batches of 1 to 3",
+        ),
+        ("build.shapes={nope: {min: [1], opt: [1], max: [1]}}", "'nope'"),
+        ("build.shapes={input: {min: [1,3,8,8], opt: [4,3,8,8], max: [4,1,8,8]}}", "axis 1"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_found_before_anything_slow(
+    project: Path, capfd: pytest.CaptureFixture[str], setting: str, problem: str
+) -> None:
+    """Shapes that do not hold the batches, or are not those of the model: one line, right after the export."""
+    output = project / "small"
+    arguments = ["--set", setting, "--set", "quantize.methods=[entropy]"]
+    status = main(["run", str(project / "config.yaml"), "--output", str(output), *arguments])
 
     error = capfd.readouterr().err.splitlines()[-1]
     assert status == 1
     assert error.startswith("error: ")
-    assert "(4, 3, 8, 8)" in error
-    assert "max (2, 3, 8, 8)" in error
+    assert problem in error
+    assert not (output / "calibration.npz").exists()
 
 
 def test_a_run_on_the_processor_takes_the_engines_away(project: Path) -> None:

@@ -150,3 +150,5 @@ def test_a_simulated_gpu_is_named_and_its_times_are_not_shown_as_speed_ups(tmp_p
     assert "TensorRT and the GPU are SIMULATED" in text
     assert "as fast as FP32" not in text
     assert "Speed on this" not in text
+    assert "smaller than" not in text
+    assert "have no size that means anything" in text
