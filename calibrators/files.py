@@ -87,7 +87,7 @@ def _cannot_write(target: Path, error: OSError) -> FileAccessError:
     reason = error.strerror or str(error)
     return FileAccessError(
         f"Cannot write {os.fspath(target)!r}: {reason}. Nothing was left under that name; "
-        "free space or choose another folder with --output."
+        "free space or choose another folder."
     )
 
 

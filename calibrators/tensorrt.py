@@ -212,6 +212,7 @@ def streaming_calibrator(
 
     Raises:
         CalibrationError: this TensorRT has no calibrators, or an argument is not one of those named above.
+        CacheFormatError: a file of something else lies where the cache or its fingerprint is to be written.
     """
     if kind not in STREAMING_CALIBRATORS:
         raise CalibrationError(f"There is no calibrator {kind!r}: expected {' or '.join(STREAMING_CALIBRATORS)}.")

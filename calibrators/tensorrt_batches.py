@@ -69,11 +69,14 @@ def device_batches(
     if not shapes:
         raise EmptyCalibrationSetError(
             f"Cannot calibrate: none of the {index + 1} batches held {batch_size} samples; expected at least "
-            "one full batch. Choose a smaller batch size, or have short batches padded."
+            "one full batch. Choose a smaller batch size, or have short batches padded (--short-batch pad)."
         )
     if short:
-        what = "dropped" if short_batch == "drop" else "filled up by repeating their samples"
-        report(f"Batches with fewer than {batch_size} samples were {what}: {short}, with {samples} samples.")
+        if short_batch == "drop":
+            what, advice = "dropped", " Keep them with --short-batch pad."
+        else:
+            what, advice = "filled up by repeating their samples", ""
+        report(f"Batches with fewer than {batch_size} samples were {what}: {short}, with {samples} samples.{advice}")
 
 
 def _padded(array: Array, rows: int, real: int, batch_size: int) -> Array:

@@ -144,6 +144,11 @@ class TensorRTCache:
             raise CacheFormatError(f"Cannot read {os.fspath(path)!r}: {error}") from error
 
 
+def foreign_content(data: bytes) -> str | None:
+    """Say what a file's content is that is not a calibration cache, judged by its first line; None for a cache."""
+    return None if _HEADER.fullmatch(_lines(data)[0]) else _kind(data)
+
+
 def _lines(data: bytes) -> list[str]:
     try:
         text = data.decode()

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from calibrators.errors import CacheFormatError
 from calibrators.files import read_bytes, write_bytes, write_text
+from calibrators.tensorrt_cache import foreign_content
 
 _HASH_DIGITS = 32
+_RECORD_KEYS = {"batches", "sha256"}
+"""What every fingerprint holds, whatever calibrator wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,40 @@ class CacheOrigin:
     tool: str
 
 
+def record_path(path: Path) -> Path:
+    """Return where the fingerprint of a calibration cache lies: FILE.json beside FILE."""
+    return path.with_name(f"{path.name}.json")
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that writing a calibration cache, and its fingerprint, would replace nothing but a cache.
+
+    Raises:
+        CacheFormatError: there is a file of something else; says of what.
+        FileAccessError: it cannot be read.
+    """
+    advice = "It would be lost. Name another file with --cache, or remove it if it is of no use any more."
+    content = read_bytes(path, "the calibration cache") if path.exists() else b""
+    found = foreign_content(content) if content else None
+    if found is not None:
+        raise CacheFormatError(
+            f"Cannot keep scales in {str(path)!r}: it is {found}; expected a TensorRT calibration cache, or no file. "
+            f"{advice}"
+        )
+    record = record_path(path)
+    if not record.exists():
+        return
+    try:
+        fingerprint = json.loads(read_bytes(record, "the fingerprint"))
+    except ValueError:
+        fingerprint = None
+    if not isinstance(fingerprint, dict) or not fingerprint.keys() >= _RECORD_KEYS:
+        raise CacheFormatError(
+            f"Cannot keep scales in {str(path)!r}: {record.name!r} beside it is not the fingerprint of a calibration "
+            f"cache, which is kept there. {advice}"
+        )
+
+
 class CacheFile:
     """A calibration cache on disk, and beside it a JSON file that says what it was made from.
 
@@ -40,13 +78,17 @@ class CacheFile:
         path: of the cache; its fingerprint is `<path>.json`.
         origin: what the cache is made from; without it the cache is written, but never read back.
         settings: of the calibrator, which must be the same as well; JSON values.
+
+    Raises:
+        CacheFormatError: a file of something else lies where one of the two is to be written.
     """
 
     def __init__(self, path: Path, origin: CacheOrigin | None, settings: Mapping[str, object]) -> None:
         self.path = path
         self._origin = origin
         self._record = {**settings, **(asdict(origin) if origin else {})}
-        self._record_path = path.with_name(f"{path.name}.json")
+        self._record_path = record_path(path)
+        check_replaceable(path)
 
     def read(self) -> tuple[bytes | None, str]:
         """Return the cache's content where it fits, and otherwise None and the reason, empty where there is none."""

@@ -7,6 +7,7 @@ read as zeros.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ NON_BLOCKING = 1
 
 SIMULATED = "SIMULATED"
 """Name of the device that tests stand in for a GPU; its figures are no GPU's."""
+
+
+_LOST = re.compile(
+    r"illegal (memory|instruction|address)|ILLEGAL_(ADDRESS|INSTRUCTION)|misaligned|launch (failure|timed out)"
+    r"|LAUNCH_(FAILED|TIMEOUT)|assert|stack error|HARDWARE_STACK|invalid program counter|INVALID_PC",
+    re.IGNORECASE,
+)
+"""What the driver says of kernels that went wrong: after that every call fails, the releases too."""
 
 
 class OutOfMemoryError(DeviceError):
@@ -253,6 +262,22 @@ def driver_release(file: Path = Path("/proc/driver/nvidia/version")) -> str | No
 def version_text(number: int) -> str:
     """Return CUDA's version number as people write it: 13000 is "13.0"."""
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def lost_context(text: str) -> str:
+    """Return what to do about an error of CUDA that leaves nothing usable in the process; empty for other errors.
+
+    Such an error is of a kernel, and comes up in whatever call is next.
+
+    Args:
+        text: the driver's words, or the name of its status.
+    """
+    if _LOST.search(text) is None:
+        return ""
+    return (
+        ". A kernel failed, and this process can do nothing more on the GPU; other processes can. Run the command "
+        "again with CUDA_LAUNCH_BLOCKING=1 in front: then the error comes up in the very call that caused it"
+    )
 
 
 def no_gpu(reason: Exception) -> DeviceError:

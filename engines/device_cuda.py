@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch, capture_graph
-from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, no_gpu, version_text
+from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, lost_context, no_gpu, version_text
 from engines.errors import DeviceError
 from engines.optional import require
 
@@ -163,7 +163,8 @@ def check(driver: Any, result: tuple[Any, ...]) -> Any:
     if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise OutOfMemoryError(status.name)
     _, text = driver.cuGetErrorString(status)
-    raise DeviceError(f"CUDA failed with {status.name}{f' ({text.decode()})' if text else ''}")
+    said = f"{status.name}{f' ({text.decode()})' if text else ''}"
+    raise DeviceError(f"CUDA failed with {said}{lost_context(said)}")
 
 
 def _handle(stream: Any) -> int:

@@ -6,7 +6,8 @@ its own, in which TensorRT's memory is not valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch, capture_graph
-from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, no_gpu, version_text
+from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, lost_context, no_gpu, version_text
 from engines.errors import DeviceError, MissingDependencyError
 from engines.optional import require
 
@@ -34,6 +35,7 @@ class PycudaDevice(Device):
         self._open = False
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
+        self._events: list[Any] = []
         try:
             primary = require("pycuda.autoprimaryctx", "use the GPU through pycuda")
         except (self._driver.Error, RuntimeError) as error:  # RuntimeError: pycuda found no device
@@ -94,7 +96,10 @@ class PycudaDevice(Device):
     def record(self, event: Event | None = None) -> Event:
         """Mark this point of the stream."""
         with self._errors():
-            mark: Any = event if event is not None else self._driver.Event()
+            mark: Any = event
+            if event is None:
+                mark = self._driver.Event()
+                self._events.append(mark)
             mark.record(self._stream)
         return Event(mark)
 
@@ -121,15 +126,19 @@ class PycudaDevice(Device):
         if not self._open:
             return
         self._open = False
-        # After an illegal access every call fails, the releases too: the context is lost, and what broke it was
-        # reported where it was found.
-        with suppress(self._driver.Error):
+        try:
             self._stream.synchronize()
-        for memory in (*self._memory.values(), *self._pinned.values()):
-            with suppress(self._driver.Error):
-                memory.free()
+        except self._driver.Error:
+            # After an illegal access every call fails, the releases too: the context is lost, and what broke it was
+            # reported where it was found. pycuda would print two lines for each.
+            _keep_forever((*self._memory.values(), *self._pinned.values(), *self._events, self._stream))
+        else:
+            for memory in (*self._memory.values(), *self._pinned.values()):
+                with suppress(self._driver.Error):
+                    memory.free()
         self._memory.clear()
         self._pinned.clear()
+        self._events.clear()
         del self._stream
         if self._context is not None:
             self._context.pop()
@@ -147,7 +156,13 @@ class PycudaDevice(Device):
         except self._driver.MemoryError as error:
             raise OutOfMemoryError(str(error)) from error
         except self._driver.Error as error:
-            raise DeviceError(f"CUDA failed: {error}") from error
+            raise DeviceError(f"CUDA failed: {error}{lost_context(str(error))}") from error
+
+
+def _keep_forever(objects: Iterable[object]) -> None:
+    """Keep objects from being freed, at the end of the process too."""
+    for item in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
 
 
 def _octets(array: Array) -> NDArray[np.uint8]:

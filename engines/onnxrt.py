@@ -32,10 +32,12 @@ def load_header(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read an ONNX file without the weights that lie outside it.
 
     Raises:
-        FileAccessError: missing or unreadable.
+        FileAccessError: missing, a folder, or unreadable.
         ModelError: not an ONNX model.
     """
     file = Path(path)
+    if file.is_dir():
+        raise FileAccessError(f"Cannot read the model: {str(file)!r} is a folder; expected an ONNX file.")
     if not file.is_file():
         raise FileAccessError(f"Cannot read the model: there is no file {str(file)!r}.")
     try:

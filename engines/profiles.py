@@ -41,6 +41,11 @@ Profile = Mapping[str, ShapeRange]
 """Input name to its range, for every input with a dynamic axis."""
 
 
+def quoted(spec: TensorSpec) -> str:
+    """Describe an input for a message, its name in quotes: `'image': float32 (batch, 3, 32, 32)`."""
+    return f"{spec.name!r}{str(spec).removeprefix(spec.name)}"
+
+
 def batch_profile(inputs: Sequence[TensorSpec], minimum: int, optimum: int, maximum: int) -> dict[str, ShapeRange]:
     """Make the profile of a model whose inputs are dynamic in their batch axis alone.
 
@@ -53,7 +58,7 @@ def batch_profile(inputs: Sequence[TensorSpec], minimum: int, optimum: int, maxi
         rest = tuple(axis for axis in (shape or ())[1:] if isinstance(axis, int))
         if shape is None or len(rest) != len(shape) - 1:
             raise EngineBuildError(
-                f"Cannot make a profile from batch sizes: input {spec} has further dynamic axes. "
+                f"Cannot make a profile from batch sizes: input {quoted(spec)} has further dynamic axes. "
                 "Give the smallest, the optimal and the largest shape of it."
             )
         profile[spec.name] = ShapeRange((minimum, *rest), (optimum, *rest), (maximum, *rest))
@@ -77,7 +82,7 @@ def seen_profile(inputs: Sequence[TensorSpec], seen: Mapping[str, Mapping[Shape,
     """Make the profile of a model with dynamic axes from the shapes that it was fed.
 
     Its batches may shrink to one sample, whatever sizes were seen: serving wants single samples, and kernels are chosen
-    for the optimum alone.
+    for the optimum alone. All axes that the model names like the batch go along, such as the second one of a state.
 
     Args:
         inputs: the model's inputs.
@@ -94,21 +99,27 @@ def seen_profile(inputs: Sequence[TensorSpec], seen: Mapping[str, Mapping[Shape,
                 f"shapes of other numbers of axes ({', '.join(map(str, shapes))})" if shapes else "none of its shapes"
             )
             raise EngineBuildError(
-                f"Cannot make a profile from the data: they hold {found} for input {spec}. "
+                f"Cannot make a profile from the data: they hold {found} for input {quoted(spec)}. "
                 "Give its smallest, optimal and largest shape."
             )
         bounds = seen_range(shapes)
-        if bounds.minimum and _is_batch_axis(spec, inputs):
-            bounds = replace(bounds, minimum=(1, *bounds.minimum[1:]))
-        profile[spec.name] = bounds
+        batch = _batch_axes(spec, inputs)
+        smallest = tuple(1 if axis in batch else length for axis, length in enumerate(bounds.minimum))
+        profile[spec.name] = replace(bounds, minimum=smallest)
     return profile
 
 
-def _is_batch_axis(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> bool:
-    """Tell whether an input's first axis is the batch: that of the first input that has axes, by the axis' symbol."""
-    first = spec.shape[0] if spec.shape else None
-    leader = next((other.shape[0] for other in inputs if other.shape), None)
-    return not isinstance(first, int) and first in (None, leader)
+def _batch_axes(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> set[int]:
+    """Return which axes of an input are the batch.
+
+    The batch is the first axis of the first input that has axes. Of every input the axes that share its symbol are the
+    batch as well, and a first axis without a name.
+    """
+    if spec.shape is None:
+        return {0}
+    symbol = next((other.shape[0] for other in inputs if other.shape), None)
+    named = {axis for axis, length in enumerate(spec.shape) if isinstance(symbol, str) and length == symbol}
+    return named | ({0} if spec.shape[:1] == (None,) else set())
 
 
 def dynamic_inputs(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -124,22 +135,26 @@ def check_profiles(model: str, inputs: Sequence[TensorSpec], profiles: Sequence[
             or is not in order.
     """
     known = {spec.name: spec for spec in inputs}
+    for profile in profiles:
+        for name in profile:
+            if name not in known:
+                raise EngineBuildError(
+                    f"Cannot build {model}: the profile names {name!r}, which is no input. "
+                    f"Its inputs are {'; '.join(map(quoted, inputs))}."
+                )
     for spec in dynamic_inputs(inputs):
         if not profiles or any(spec.name not in profile for profile in profiles):
             raise EngineBuildError(
-                f"Cannot build {model}: input {spec} has a dynamic axis and no optimization profile. "
+                f"Cannot build {model}: input {quoted(spec)} has a dynamic axis and no optimization profile. "
                 "Give its smallest, optimal and largest shape."
             )
     for profile in profiles:
         for name, shapes in profile.items():
-            if name not in known:
-                raise EngineBuildError(
-                    f"Cannot build {model}: the profile names {name!r}, which is no input. "
-                    f"Its inputs are {'; '.join(map(str, inputs))}."
-                )
             problem = _misfit(known[name], shapes)
             if problem is not None:
-                raise EngineBuildError(f"Cannot build {model}: the profile of input {known[name]} {problem}: {shapes}.")
+                raise EngineBuildError(
+                    f"Cannot build {model}: the profile of input {quoted(known[name])} {problem}: {shapes}."
+                )
 
 
 def choose_profile(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -259,9 +260,30 @@ def check_environment(plan: str | os.PathLike[str], sidecar: Sidecar, here: Envi
         )
     if found is not None:
         raise EngineLoadError(
-            f"Cannot load the engine {os.fspath(plan)!r}: {found}. Build it here: trt-int8 build {sidecar.model} "
-            f"--precision {sidecar.precision}."
+            f"Cannot load the engine {os.fspath(plan)!r}: {found}. Build it here: {build_command(plan, sidecar, here)}"
         )
+
+
+def build_command(plan: str | os.PathLike[str], sidecar: Sidecar, here: Environment) -> str:
+    """Return the command that builds an engine again, for what is here, into a folder of its own.
+
+    It names the model that lies beside the plan; where none does, the model's name alone. What a calibrator took its
+    scales from is for the user to fill in.
+    """
+    folder = Path(plan).parent
+    beside = folder / sidecar.model
+    words = ["trt-int8", "build", str(beside) if beside.is_file() else sidecar.model, "--precision", sidecar.precision]
+    if sidecar.options.get("implicit"):
+        # From TensorRT 11 on there are no calibrators, and scales have to come from a calibration.
+        words += ["--implicit", "--data", "DATA"] if _numbers(here.tensorrt) < (11,) else ["--calibration", "FILE"]
+    for profile in sidecar.profiles[:1]:
+        for name, shapes in profile.items():
+            words += ["--shape", f"{name}={','.join('x'.join(map(str, shape)) for shape in shapes)}"]
+    if sidecar.options.get("hardware_compatibility", "none") != "none":
+        words += ["--hardware-compatibility", str(sidecar.options["hardware_compatibility"])]
+    if sidecar.version_compatible:
+        words.append("--version-compatible")
+    return shlex.join([*words, "--output", str(folder / "rebuilt")])
 
 
 def sha256_of_model(files: Sequence[Path]) -> str:

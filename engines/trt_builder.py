@@ -21,7 +21,7 @@ from typing import Any
 
 import onnx
 
-from calibrators.files import atomic_path, write_bytes
+from calibrators.files import atomic_path
 from calibrators.protocols import Track, untracked
 from calibrators.tensorrt import ImplicitCalibrator, StreamingCalibrator
 from engines.device import Device, open_device
@@ -37,6 +37,7 @@ from engines.trt_checks import check_driver, open_builder, require_calibrators
 from engines.trt_log import LogLines, tensorrt_log
 from engines.trt_options import BuildOptions
 from engines.trt_progress import progress_monitor
+from engines.trt_timing_cache import TimingCacheFile
 from engines.trt_types import check_types, network_specs
 
 
@@ -90,7 +91,8 @@ def build_engine(
         track: shows the progress. A calibrator that streams data shows its own in place of the builder's.
 
     Raises:
-        FileAccessError: the model is missing, or the output cannot be written.
+        FileAccessError: the model is missing, the output cannot be written, or the timing cache is a file of something
+            else.
         ModelError: the model is no ONNX file.
         MissingDependencyError: TensorRT, or a package for the GPU, is not installed.
         EngineBuildError: the model's types or shapes do not fit the options, or TensorRT refused; quotes its log.
@@ -195,7 +197,7 @@ class _Build:
         if plan is None:
             raise self._failed("cannot build", log, _advice(log))
         if cache is not None:
-            write_bytes(cache, bytes(config.get_timing_cache().serialize()))
+            cache.write(bytes(config.get_timing_cache().serialize()))
         return plan, seconds
 
     def _parse(self, network: Any, log: LogLines) -> None:
@@ -261,22 +263,14 @@ class _Build:
             profile = {name: ShapeRange(shape, shape, shape) for name, shape in fixed.items()}
             config.set_calibration_profile(self._profile(builder, profile))
 
-    def _attach_timing_cache(self, config: Any) -> Path | None:
-        path = self._options.timing_cache
-        if path is None:
+    def _attach_timing_cache(self, config: Any) -> TimingCacheFile | None:
+        if self._options.timing_cache is None:
             return None
-        try:
-            content = path.read_bytes()
-        except OSError:  # the first build
-            content = b""
-        # What TensorRT logs about a cache that does not fit is no reason for anything that fails later.
-        with tensorrt_log(self._trt).aside():
-            cache = config.create_timing_cache(content)
-            fits = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
-        if not fits:
-            self.notes.append(f"The timing cache {path.name} is of another GPU or TensorRT release, and is made anew.")
-            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-        return path
+        cache = TimingCacheFile(self._options.timing_cache)
+        note = cache.attach(self._trt, config)
+        if note is not None:
+            self.notes.append(note)
+        return cache
 
     def _failed(self, what: str, log: LogLines, advice: str) -> EngineBuildError:
         return EngineBuildError(

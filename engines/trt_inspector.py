@@ -80,6 +80,20 @@ class LayerTable:
         return tuple(layer for layer in self.layers if layer.is_reformat)
 
     @property
+    def overlap(self) -> float:
+        """How well the model fits the engine, 0 to 1: the share of nodes found in both, of the side that has fewer.
+
+        TensorRT takes nodes away, and an FP32 model lacks the Q/DQ nodes of an INT8 engine; a model that the engine has
+        nothing to do with shares few names. 1 where either side names no node.
+        """
+        known = {_letters(row.node) for row in self.rows}
+        named = {_letters(node) for layer in self.layers for node in layer.nodes}
+        if not known or not named:
+            return 1.0
+        found = sum(row.layer is not None for row in self.rows)
+        return max(found / len(known), len(known & named) / len(named))
+
+    @property
     def intended_int8(self) -> tuple[NodeRow, ...]:
         """The nodes that the model wants in INT8."""
         return tuple(row for row in self.rows if row.intended == "int8")
@@ -98,7 +112,9 @@ class LayerTable:
     def summary(self) -> str:
         """One line: "18 of 20 intended layers run INT8; 2 reformat layers". Without a model: the number of layers."""
         intended = self.intended_int8
-        words = [f"{sum(row.as_intended for row in intended)} of {len(intended)} intended layers run INT8"]
+        words = ["the model asks for INT8 nowhere"]
+        if intended:
+            words = [f"{sum(row.as_intended for row in intended)} of {len(intended)} intended layers run INT8"]
         unknown = sum(row.in_region and row.precision is None for row in intended)
         if unknown:
             words.append(f"{unknown} in regions whose kernels TensorRT does not tell")

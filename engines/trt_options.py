@@ -24,8 +24,9 @@ class BuildOptions:
         profiles: ranges of shapes; at least one where the model has dynamic axes.
         workspace_bytes: most device memory that a kernel may use for itself; None leaves TensorRT's default, all of it.
         optimization_level: 0 to 5, how long TensorRT searches; None leaves its default, 3.
-        timing_cache: file that keeps measured kernel times between builds; made where it is missing. Of use on the
-            same kind of GPU and the same release alone, and replaced where it does not fit.
+        timing_cache: file that keeps measured kernel times between builds; made where it is missing, with FILE.json
+            beside it, which tells later builds that it is theirs. Of use on the same kind of GPU and the same release
+            alone, and made anew where it does not fit.
         hardware_compatibility: GPUs that the plan must run on beside this one; costs speed.
         version_compatible: whether newer TensorRT releases must be able to load the plan; costs speed.
 

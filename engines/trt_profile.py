@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from calibrators.protocols import Array
+from engines.errors import DeviceError, InferenceError
 from engines.onnxrt import check_feeds
 from engines.optional import require
 from engines.trt_layers import EngineLayer, parse_layers
 from engines.trt_runner import TensorRTRunner
+from engines.trt_session import EngineSession
 
 
 def inspect_engine(
@@ -35,7 +37,7 @@ def inspect_engine(
     Raises:
         EngineLoadError: the plan cannot be loaded here.
         EngineError: it tells only the names of its layers.
-        InferenceError: the feeds do not fit.
+        InferenceError: the feeds do not fit, or a run failed.
     """
     trt = require("tensorrt", "inspect an engine")
     with TensorRTRunner(plan, trust=trust) as runner:
@@ -43,23 +45,32 @@ def inspect_engine(
         times: dict[str, float] = {}
         if feeds is not None:
             check_feeds(runner.name, runner.inputs, feeds)
-            session.bind({name: value.shape for name, value in feeds.items()})
-        if feeds is not None and runs:
-            profiler = _profiler(trt)
-            session.copy_in(feeds)
-            session.execute()
-            session.synchronize()
-            session.context.profiler = profiler
-            for _ in range(runs):
-                session.execute()
-                session.synchronize()
-            times = {name: total / runs for name, total in profiler.totals.items()}
+            try:
+                session.bind({name: value.shape for name, value in feeds.items()})
+                times = _layer_times(trt, session, feeds, runs) if runs else {}
+            except DeviceError as error:  # a kernel's error comes up in whatever call is next
+                raise InferenceError(f"{runner.name} failed on the GPU: {error}") from error
         inspector = session.context.engine.create_engine_inspector()
         if feeds is not None:
             inspector.execution_context = session.context  # or dynamic shapes are shown as -1
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         del inspector
     return parse_layers(text, times)
+
+
+def _layer_times(trt: Any, session: EngineSession, feeds: Mapping[str, Array], runs: int) -> dict[str, float]:
+    """Return the mean milliseconds of each layer, by its name."""
+    profiler = _profiler(trt)
+    session.copy_in(feeds)
+    session.execute()
+    session.synchronize()
+    session.context.profiler = profiler
+    for _ in range(runs):
+        session.execute()
+        session.synchronize()
+        if profiler.interrupted:
+            raise KeyboardInterrupt
+    return {name: total / runs for name, total in profiler.totals.items()}
 
 
 def _profiler(trt: Any) -> Any:
@@ -69,8 +80,12 @@ def _profiler(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
             self.totals: defaultdict[str, float] = defaultdict(float)
+            self.interrupted = False
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.totals[layer_name] += ms
+            try:
+                self.totals[layer_name] += ms
+            except KeyboardInterrupt:  # which TensorRT would swallow
+                self.interrupted = True
 
     return Profiler()

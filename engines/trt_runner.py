@@ -127,7 +127,7 @@ class TensorRTRunner:
         if self._cuda_graph and not session.captured and self.graph_fallback is None:
             self.graph_fallback = session.capture()
             if self.graph_fallback is not None:
-                _log.warning("%s runs without a CUDA graph: %s", self.name, self.graph_fallback)
+                _log.info("%s runs without a CUDA graph: %s", self.name, self.graph_fallback)
         return results
 
     def _close_session(self) -> None:

@@ -187,13 +187,16 @@ class EngineSession:
 
         Raises:
             InferenceError: TensorRT refused.
+            KeyboardInterrupt: Ctrl-C came while TensorRT called back, which it swallows.
         """
         if self._graph is not None:
             self._graph()
             return
         for allocator in self._allocators.values():
             allocator.error = None
-        if not self._context.execute_async_v3(self.device.stream):
+        queued = self._context.execute_async_v3(self.device.stream)
+        self._raise_interrupt()
+        if not queued:
             for allocator in self._allocators.values():
                 if allocator.error is not None:
                     raise InferenceError(f"{self.name} failed: {allocator.error}") from allocator.error
@@ -254,6 +257,12 @@ class EngineSession:
         self._drop_graph()
         self._context = None
 
+    def _raise_interrupt(self) -> None:
+        allocators = self._allocators.values()
+        if self._log.interrupted or any(isinstance(item.error, KeyboardInterrupt) for item in allocators):
+            self._log.interrupted = False
+            raise KeyboardInterrupt
+
     def _drop_graph(self) -> None:
         if self._graph is not None:
             self.device.synchronize()
@@ -299,6 +308,9 @@ def _output_allocator_class(trt: Any) -> Any:
             return self.reallocate_output(tensor_name, memory, size, alignment)
 
         def notify_shape(self, tensor_name: str, shape: Sequence[int]) -> None:
-            self.shape = tuple(int(length) for length in shape)
+            try:
+                self.shape = tuple(int(length) for length in shape)
+            except KeyboardInterrupt as error:
+                self.error = error
 
     return OutputAllocator

@@ -6,13 +6,16 @@ from trt_int8 import export_onnx, calibrate, quantize, build_engine, benchmark, 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
 from calibrators.protocols import Array, Track, untracked
 from engines.onnxrt import Execution
+from engines.sidecar import is_engine
 from trt_int8.accuracy import AccuracyResult
 from trt_int8.accuracy import compare as compare_runners
 from trt_int8.benchmark_result import BenchmarkResult
@@ -21,9 +24,12 @@ from trt_int8.building import build_engine
 from trt_int8.calibration import calibrate
 from trt_int8.choices import check_choice
 from trt_int8.data import DataSpec, open_data
-from trt_int8.errors import ConfigError
+from trt_int8.errors import ConfigError, UsageError
 from trt_int8.export import export_onnx
+from trt_int8.feeds import fixed_batch
+from trt_int8.outputs import check_output
 from trt_int8.pipeline import Pipeline
+from trt_int8.polygraphy_files import FOLDER as POLYGRAPHY_FOLDER
 from trt_int8.quantization import convert_fp16, quantize
 from trt_int8.random_data import random_feeds
 from trt_int8.runners import AnyRunner, open_runner, titles
@@ -85,19 +91,35 @@ def benchmark(
 
     Raises:
         ConfigError: a dynamic axis other than the batch needs data to give it a length, or the models' inputs differ.
+        UsageError: an option is for engines, or for ONNX files, and there are none.
         DataError: the data do not fit.
     """
     models = _listed(models)
     if not models:
         raise ConfigError("Cannot benchmark: no models were given; expected at least one.")
+    _check_options(
+        models,
+        of_engines={
+            "transfers": transfers is True,
+            "no-transfers": transfers is False,
+            "no-cuda-graph": not cuda_graph,
+            "trust": trust,
+        },
+        of_onnx={"execution": execution is not None, "threads": threads is not None},
+    )
     runners = _runners(models, names, execution, threads, trust, cuda_graph=cuda_graph)
     inputs = shared_inputs(runners)
+    notes: tuple[str, ...] = ()
     if data is None:
+        fixed = fixed_batch(inputs)
+        if batch_size is not None and fixed not in (None, batch_size):
+            notes = (f"the models fix their batch: timed with {fixed} samples, not the {batch_size} of --batch-size",)
         feeds: list[dict[str, Array]] = [random_feeds(inputs, batch_size, built_for=built_for(runners))]
     else:
         source = open_data(data, inputs, batch_size=batch_size, preprocessing=preprocessing)
         feeds = [batch.feeds for batch in islice(source, BENCHMARK_BATCHES)]
-    return time_side_by_side(runners, feeds, transfers=transfers, rounds=rounds, budget_s=budget_s, track=track)
+    result = time_side_by_side(runners, feeds, transfers=transfers, rounds=rounds, budget_s=budget_s, track=track)
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def compare(
@@ -135,12 +157,18 @@ def compare(
         track: shows progress.
 
     Raises:
+        UsageError: an option is for engines, or for ONNX files, and there are none.
         ModelError: the models do not take the same inputs, or give other outputs.
         EngineLoadError: an engine cannot be loaded here.
         DataError: the data or the labels do not fit.
         InferenceError: a model does not take the data, or fails on it.
+        FileAccessError: `save_to` cannot be written to.
     """
     candidates = _listed(candidates)
+    _check_options(candidates, of_onnx={"execution": execution is not None})
+    _check_options([reference, *candidates], of_engines={"trust": trust}, of_onnx={"threads": threads is not None})
+    if save_to is not None:
+        check_output(Path(save_to) / POLYGRAPHY_FOLDER / "inputs.json", data, option="--save")
     own = titles([reference, *candidates])
     runner = open_runner(reference, name=own[0], threads=threads, trust=trust)
     runners = _runners(candidates, own[1:] if names is None else names, execution, threads, trust)
@@ -161,6 +189,24 @@ def compare(
         save_to=save_to,
         track=track,
     )
+
+
+def _check_options(
+    models: Sequence[Model], *, of_engines: Mapping[str, bool] | None = None, of_onnx: Mapping[str, bool] | None = None
+) -> None:
+    """Refuse options that would do nothing: name to whether it is given."""
+    kinds = [is_engine(model) for model in models]
+    for options, there, meant, found in (
+        (of_engines, any(kinds), "TensorRT engines", "ONNX files"),
+        (of_onnx, not all(kinds), "ONNX files", "engines"),
+    ):
+        useless = [f"--{name}" for name, given in (options or {}).items() if given and not there]
+        if useless:
+            one = len(useless) == 1
+            raise UsageError(
+                f"{' and '.join(useless)} {'does' if one else 'do'} nothing here: only for {meant}, and all models are "
+                f"{found}. Leave {'it' if one else 'them'} out."
+            )
 
 
 def _runners(

@@ -146,10 +146,10 @@ def _candidate(
     latency = summarize(times[index])
     speedup = estimate_speedup(np.median(times[0], axis=1), np.median(times[index], axis=1), seed)
     verdict = ""
-    if index and (_on_simulated_device(runner) or _on_simulated_device(reference)):
-        verdict = f"{runner.name} against {reference.name}: no verdict, the device is SIMULATED"
-    elif index:
-        verdict = speedup.verdict(runner.name, reference.name)
+    if index:
+        why_none = _no_verdict(runner, reference)
+        pair = f"{runner.name} against {reference.name}"
+        verdict = f"{pair}: no verdict, {why_none}" if why_none else speedup.verdict(runner.name, reference.name)
     queued = timed == "gpu compute" and gpu is not None
     return TimedCandidate(
         name=runner.name,
@@ -164,6 +164,14 @@ def _candidate(
         note=_note(runner),
         gpu=gpu,
     )
+
+
+def _no_verdict(*pair: Runner) -> str:
+    """Say why the times of two runners tell nothing of which is faster; empty where they do."""
+    if any(map(_on_simulated_device, pair)):
+        return "the device is SIMULATED"
+    simulated = [runner.name for runner in pair if runner.simulated]
+    return f"ONNX Runtime only simulates the INT8 of {' and '.join(simulated)}" if simulated else ""
 
 
 def _note(runner: Runner) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibrators.calibration import InputShapes
-from engines.profiles import Profile, ShapeRange, batch_profile, check_profiles, dynamic_inputs, seen_profile
+from calibrators.errors import CalibrationError
+from engines.profiles import Profile, ShapeRange, batch_profile, check_profiles, dynamic_inputs, quoted, seen_profile
 from engines.runner import TensorSpec
 from engines.trt_types import Precision
 from trt_int8.errors import ConfigError, UsageError
@@ -20,22 +21,27 @@ _BOUNDS = 3
 
 def check_combination(
     *,
+    precision: Precision,
     implicit: bool,
     typed: bool,
     calibration: bool,
     data: bool,
     of_data: Mapping[str, Any],
-    of_calibration: Mapping[str, Any],
+    of_scales: Mapping[str, Any],
+    percentile: bool | None = None,
 ) -> None:
     """Check that options go together; one that would have no effect is refused.
 
     Args:
+        precision: what the engine is to compute in.
         implicit: whether a calibrator of TensorRT's is asked for.
         typed: whether the model holds the types of its engine already.
         calibration: whether a calibration was given.
         data: whether data were given.
-        of_data: the options that say how data are read, by name; None for those that were not given.
-        of_calibration: the same for "method" and "exclude", which say what becomes of a calibration.
+        of_data: the options that say how data are read, as the command line has them; None for those that were not
+            given.
+        of_scales: the same for "--method", "--exclude" and "--residual", which say what becomes of a calibration.
+        percentile: whether method or calibrator takes a percentile; None where none was given.
 
     Raises:
         UsageError: they do not.
@@ -43,34 +49,40 @@ def check_combination(
     given = _given(of_data)
     if data and not implicit:
         raise UsageError(
-            "data are read by TensorRT's own calibrators alone, which `implicit` asks for. Leave them out and give a "
+            "--data are read by TensorRT's own calibrators alone, which --implicit asks for. Leave them out and give a "
             "calibration (`trt-int8 calibrate` makes one of data), or add --implicit on TensorRT 10 and older."
         )
     if given and not data:
         raise UsageError(
             f"{' and '.join(given)} {'say' if len(given) > 1 else 'says'} how TensorRT's own calibrators read data; "
-            "there are none here. Leave it out, or add --implicit and --data."
+            f"there are none here. Leave {'them' if len(given) > 1 else 'it'} out, or "
+            + ("give --data in place of --calibration." if implicit else "add --implicit and --data.")
         )
     if implicit and data == calibration:
         raise UsageError(
-            f"implicit takes its scales from data or from a calibration; {'both were' if data else 'neither was'} "
+            f"--implicit takes its scales from data or from a calibration; {'both were' if data else 'neither was'} "
             "given. Give --data DATA or --calibration FILE."
         )
-    idle = _given(of_calibration)
-    if idle and (data or typed):
-        why = (
-            "a calibrator that reads data has a method of its own, --calibrator"
-            if data
-            else "the model holds its types and scales already"
-        )
+    idle = _given(of_scales)
+    if implicit and not data:
+        idle = [name for name in idle if name != "--method"]
+        why, advice = "with --implicit, TensorRT chooses the layers that run in INT8", "build without --implicit"
+    elif data:
+        why = "a calibrator that reads data has a method of its own, --calibrator"
+        advice = "give a calibration in place of the data"
+    elif typed:
+        why, advice = "the model holds its types and scales already", "give the FP32 model with a calibration"
+    elif not precision.startswith("int8"):
+        why, advice = f"{precision} has no scales", "build as int8 or int8+fp16"
+    else:
+        idle, why, advice = [], "", ""
+    out = f"Leave {'them' if len(idle) > 1 else 'it'} out"
+    if idle:
+        raise UsageError(f"{' and '.join(idle)} would change nothing: {why}. {out}, or {advice}.")
+    if percentile is False:
+        what = "calibrator" if data else "method"
         raise UsageError(
-            f"{' and '.join(idle)} would change nothing: {why}. "
-            "Leave it out, or give the FP32 model with a calibration."
-        )
-    if "exclude" in idle and implicit:
-        raise UsageError(
-            "exclude would change nothing: with implicit, TensorRT chooses the layers that run in INT8. Leave it "
-            "out, or build without --implicit."
+            f"--percentile would change nothing: the {what} is not percentile. {out}, or add --{what} percentile."
         )
 
 
@@ -96,9 +108,9 @@ def engine_stem(model: Path, name: str | None) -> str:
 
 def needs_calibration(model: Path, precision: Precision) -> ConfigError:
     """Make the error for an FP32 model that cannot be given its types without a calibration."""
-    purpose = "the scales of INT8" if precision != "fp16" else "the guard that keeps values in the range of FP16"
+    purpose = "the scales of INT8 need" if precision != "fp16" else "the guard that keeps values in FP16's range needs"
     return ConfigError(
-        f"Cannot build {str(model)!r} as {precision}: it is an FP32 model, and {purpose} needs a calibration. "
+        f"Cannot build {str(model)!r} as {precision}: it is an FP32 model, and {purpose} a calibration. "
         f"Run `trt-int8 calibrate {model} --data DATA`, then build with --calibration calibration.npz."
     )
 
@@ -109,23 +121,63 @@ def given_ranges(
     """Return the shapes that the user asked for; None where there are none.
 
     Raises:
-        ConfigError: they are not three of each, or there is no dynamic batch for `batch`.
+        ConfigError: they are not three of each, name no input, or there is no dynamic batch for `batch`.
         EngineBuildError: an input has more dynamic axes than the batch.
     """
     if not shapes and batch is None:
         return None
     ranges = {name: _range(name, bounds) for name, bounds in (shapes or {}).items()}
+    for name in ranges:
+        if name not in {spec.name for spec in inputs}:
+            raise ConfigError(
+                f"There are shapes for {name!r}, which is no input; the model's are {'; '.join(map(quoted, inputs))}."
+            )
     if batch is not None:
         if len(batch) != _BOUNDS or list(batch) != sorted(batch) or batch[0] < 1:
             raise ConfigError(f"batch is {tuple(batch)}; expected the smallest, optimal and largest one, ascending.")
         rest = [spec for spec in inputs if spec.name not in ranges]
+        if not dynamic_inputs(rest) and dynamic_inputs(inputs):
+            raise ConfigError(
+                f"The batch {','.join(map(str, batch))} would change nothing: shapes were given for every input with a "
+                "dynamic axis. Leave --batch or --shape out."
+            )
         if not dynamic_inputs(rest):
             raise ConfigError(
-                f"batch is {tuple(batch)}, and no input has a dynamic batch: {'; '.join(map(str, inputs))}. "
+                f"A batch of {','.join(map(str, batch))} was asked for, and no input has a dynamic batch: "
+                f"{'; '.join(map(quoted, inputs))}. "
                 "Leave it out, or export the model with a dynamic batch."
             )
         ranges |= batch_profile(rest, *batch)
     return ranges
+
+
+def check_calibrated_inputs(model: Path, inputs: Sequence[TensorSpec], seen: InputShapes) -> None:
+    """Check that a calibration saw a model's inputs: all that a model tells whose types and scales are in it.
+
+    Args:
+        model: for messages.
+        inputs: the model's.
+        seen: the shapes of the calibration; a calibration of an earlier version has none, and passes.
+
+    Raises:
+        CalibrationError: a dynamic input is not among them, or one has another rank or other fixed lengths.
+    """
+    if not seen:
+        return
+    dynamic = dynamic_inputs(inputs)
+    for spec in inputs:
+        shapes = seen.get(spec.name)
+        if shapes is None and spec in dynamic:
+            found = f"{', '.join(map(repr, seen))} and no {spec.name!r}"
+        else:
+            other = next((shape for shape in shapes or () if not _fits(shape, spec)), None)
+            if other is None:
+                continue
+            found = f"{spec.name!r} of shape {other}"
+        raise CalibrationError(
+            f"The calibration does not belong to {str(model)!r}: the calibration saw other inputs, {found}; the model "
+            f"has {'; '.join(map(quoted, inputs))}. Calibrate this model."
+        )
 
 
 def engine_profile(
@@ -149,9 +201,9 @@ def engine_profile(
     if ranges is None and not seen:
         why = "nothing says" if seen is None else "the calibration's file, of an earlier version, does not say"
         raise ConfigError(
-            f"Cannot build {str(model)!r}: input {dynamic[0]} has a dynamic axis, and {why} which shapes the engine is "
-            "for. Give --batch MIN,OPT,MAX, or --shape NAME=MIN,OPT,MAX for each input, or a new calibration with "
-            "--calibration, whose shapes are taken."
+            f"Cannot build {str(model)!r}: input {quoted(dynamic[0])} has a dynamic axis, and {why} which "
+            "shapes the engine is for. Give --batch MIN,OPT,MAX, or --shape NAME=MIN,OPT,MAX for each input, or a new "
+            "calibration with --calibration, whose shapes are taken."
         )
     profile = ranges if ranges is not None else seen_profile(inputs, seen or {})
     check_profiles(repr(str(model)), inputs, [profile])
@@ -160,6 +212,14 @@ def engine_profile(
 
 def _given(options: Mapping[str, Any]) -> list[str]:
     return [name for name, value in options.items() if value is not None]
+
+
+def _fits(shape: Sequence[int], spec: TensorSpec) -> bool:
+    if spec.shape is None:
+        return True
+    return len(shape) == len(spec.shape) and all(
+        length == axis for length, axis in zip(shape, spec.shape, strict=True) if isinstance(axis, int)
+    )
 
 
 def _range(name: str, bounds: Shapes) -> ShapeRange:

@@ -16,14 +16,17 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     """Read `--batch 1,8,32`.
 
     Raises:
-        UsageError: it is not three whole numbers.
+        UsageError: it is not three whole numbers above 0 in ascending order.
     """
     try:
-        minimum, optimum, maximum = (int(part) for part in text.split(","))
-    except ValueError as error:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != _BOUNDS or sizes != sorted(sizes) or sizes[0] < 1:
         raise UsageError(
-            f"--batch is {text!r}; expected the smallest, optimal and largest batch: --batch 1,8,32."
-        ) from error
+            f"--batch is {text!r}; expected the smallest, optimal and largest batch, ascending: --batch 1,8,32."
+        )
+    minimum, optimum, maximum = sizes
     return minimum, optimum, maximum
 
 

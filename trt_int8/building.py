@@ -21,6 +21,7 @@ from calibrators.calibration import DEFAULT_METHOD, DEFAULT_PERCENTILE, Calibrat
 from calibrators.percentile import check_percentile
 from calibrators.protocols import Track, untracked
 from calibrators.tensorrt_batches import ShortBatch
+from calibrators.tensorrt_cache_file import check_replaceable, record_path
 from engines import trt_builder
 from engines.device import Device, UploadBuffers, open_device
 from engines.graph import prepare, save_model
@@ -28,12 +29,15 @@ from engines.onnxrt import load_header, tensor_specs
 from engines.optional import require
 from engines.placement import Residual
 from engines.profiles import Profile
+from engines.sidecar import sidecar_path
 from engines.trt_builder import BuiltEngine
 from engines.trt_checks import check_driver, open_builder, require_calibrators
 from engines.trt_options import BuildOptions, HardwareCompatibility
+from engines.trt_timing_cache import TimingCacheFile
 from engines.trt_types import Precision, check_types, held_types
 from trt_int8.build_checks import (
     Shapes,
+    check_calibrated_inputs,
     check_combination,
     engine_profile,
     engine_stem,
@@ -51,7 +55,8 @@ from trt_int8.implicit import (
     calibrator_of_data,
     usage_note,
 )
-from trt_int8.outputs import check_output
+from trt_int8.outputs import check_outputs
+from trt_int8.replaced_engines import earlier_engine, replacement_note
 from trt_int8.typed_models import Scales, provenance_of, write_typed
 
 if TYPE_CHECKING:
@@ -101,7 +106,7 @@ def build_engine(
         precision: "fp32", "tf32" (FP32 whose products TensorRT may round to TF32), "fp16", "int8" (with FP32 for the
             rest), or "int8+fp16".
         calibration: the model's calibration, or its file. Gives the scales of INT8 and the range guard of FP16, and to
-            every precision the shapes that it saw.
+            every precision the shapes that it saw; so it must be of this model.
         method: calibration method.
         percentile: of the percentile method, and of the percentile calibrator.
         residual: whether the skip input of residual Adds is quantized.
@@ -113,7 +118,8 @@ def build_engine(
             of its first batch.
         workspace_bytes: most device memory that a kernel may use for itself; None leaves TensorRT's default, all of it.
         optimization_level: 0 to 5, how long TensorRT searches; None leaves its default, 3.
-        timing_cache: file that keeps measured kernel times between builds.
+        timing_cache: file that keeps measured kernel times between builds; FILE.json beside it tells later builds that
+            it is theirs, and a file of something else is refused.
         hardware_compatibility: other GPUs that the engine must run on; costs speed.
         version_compatible: whether newer TensorRT releases must be able to load the engine; costs speed.
         implicit: INT8 by a calibrator of TensorRT's, of 10 and older, from `data` or `calibration`.
@@ -123,7 +129,7 @@ def build_engine(
         batch_size: implicit: samples a batch, where the data are cut here; 1 by default.
         max_batches: implicit: read no more batches than this.
         cache: implicit: the calibration cache; OUTPUT/STEM.CALIBRATOR.cache where None. It is read back only for the
-            same model, data, calibrator and preprocessing.
+            same model, data, calibrator and preprocessing; a file of something else is refused.
         preprocessing: implicit: how images become arrays.
         data_id: implicit: identity of data that come from code, so that their cache can be read back.
         short_batch: implicit: leave a batch with fewer samples out ("drop"), or fill it up by repeating them ("pad").
@@ -131,9 +137,14 @@ def build_engine(
         device: the GPU; opened for the build where None.
         track: shows the progress.
 
+    Returns:
+        The engine. Its notes tell of another engine that it replaced: one of another TensorRT release, GPU, model,
+        method or calibration.
+
     Raises:
         ConfigError: options contradict each other, or something that the precision needs was not given.
         CalibrationError: the calibration belongs to another model, or lacks a scale.
+        FileAccessError, CacheFormatError: a file cannot be read or written, or writing it would replace something else.
         MissingDependencyError: TensorRT, or a package for the GPU, is not installed.
         DeviceError: there is no GPU, its driver is too old for TensorRT, or its memory is exhausted.
         EngineBuildError: the model's types or shapes do not fit, or TensorRT refused; quotes its log.
@@ -150,23 +161,33 @@ def build_engine(
         check_choice(word, value, choices)
     check_percentile(percentile)
     reading = {
-        "calibrator": calibrator,
-        "batch size": batch_size,
-        "cache": cache,
-        "preprocessing": preprocessing,
-        "data id": data_id,
+        "--calibrator": calibrator,
+        "--batch-size": batch_size,
+        "--max-batches": None if max_batches == DEFAULT_MAX_BATCHES else max_batches,
+        "--cache": cache,
+        "--preprocessing": preprocessing,
+        "--data-id": data_id,
+        "--short-batch": None if short_batch == "drop" else short_batch,
     }
+    scaling = {
+        "--method": None if method == DEFAULT_METHOD else method,
+        "--exclude": exclude or None,
+        "--residual": None if residual == "int8" else residual,
+    }
+    takes_percentile = (method if data is None else calibrator) == "percentile"
     file = Path(model)
     header = load_header(file)
     inputs, _ = tensor_specs(header)
     typed = any(held_types(header))
     check_combination(
+        precision=precision,
         implicit=implicit,
         typed=typed,
         calibration=calibration is not None,
         data=data is not None,
         of_data=reading,
-        of_calibration={"method": method if method != DEFAULT_METHOD else None, "exclude": exclude or None},
+        of_scales=scaling,
+        percentile=None if percentile == DEFAULT_PERCENTILE else takes_percentile,
     )
     if typed or implicit:
         check_types(file, header, precision, implicit=implicit)
@@ -177,16 +198,25 @@ def build_engine(
     scales_file = Path(cache or target.with_name(f"{stem}.{calibrator or 'entropy2'}.cache"))
     kept = kept_model(target)
     as_it_is = typed or (kept.exists() and kept.samefile(file))
-    written = [target, *([] if as_it_is else [kept]), *([Path(timing_cache)] if timing_cache is not None else [])]
-    for path in [*written, *([scales_file] if data is not None else [])]:
-        check_output(path, file, data, calibration)
+    times = None if timing_cache is None else Path(timing_cache)
+    written = [(path, "--output") for path in (target, sidecar_path(target), *([] if as_it_is else [kept]))]
+    if data is not None:
+        written += [(path, "--cache" if cache else "--output") for path in (scales_file, record_path(scales_file))]
+    if times is not None:
+        written += [(path, "--timing-cache") for path in (times, record_path(times))]
+    check_outputs(written, file, data, calibration)
+    kernel_times = None if times is None else TimingCacheFile(times)
+    if data is not None:
+        check_replaceable(scales_file)
     found = Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
     ranges = given_ranges(shapes, batch, inputs)
+    if found is not None and not (force and ranges):
+        check_calibrated_inputs(file, inputs, found.input_shapes)
     options = BuildOptions(
         precision=precision,
         workspace_bytes=workspace_bytes,
         optimization_level=optimization_level,
-        timing_cache=None if timing_cache is None else Path(timing_cache),
+        timing_cache=times,
         hardware_compatibility=hardware_compatibility,
         version_compatible=version_compatible,
     )
@@ -220,9 +250,12 @@ def build_engine(
     with ExitStack() as stack:
         gpu = device or stack.enter_context(open_device())
         check_driver(gpu)
-        if not implicit:
-            return _build_typed(job, options, gpu)
-        return _build_implicit(job, options, gpu, trt, feed, ranges)
+        if kernel_times is not None and kernel_times.foreign:  # only TensorRT can tell whether it is a timing cache
+            kernel_times.attach(trt, open_builder(trt, gpu, file, precision).create_builder_config())
+        earlier = earlier_engine(target)
+        built = _build_implicit(job, options, gpu, trt, feed, ranges) if implicit else _build_typed(job, options, gpu)
+    replaced = replacement_note(earlier, built.sidecar)
+    return built if replaced is None else replace(built, notes=(*built.notes, replaced))
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,5 +102,5 @@ def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:
     if changed:
         raise CalibrationError(
             f"The calibration does not belong to {str(prepared.path)!r}: its {' and '.join(changed)} differ from what "
-            "was calibrated. Calibrate this model, or use force to take the scales of tensors with equal names."
+            "was calibrated. Calibrate this model, or use force (--force) to take scales by the tensors' names."
         )

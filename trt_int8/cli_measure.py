@@ -42,12 +42,12 @@ def bench(
 ) -> None:
     """Time models side by side, in interleaved rounds."""
     from trt_int8.api import benchmark
-    from trt_int8.console import benchmark_table, console, gpu_state
-    from trt_int8.outputs import check_output
+    from trt_int8.console import benchmark_table, console, gpu_state, shared_notes
+    from trt_int8.model_files import check_result_file
     from trt_int8.progress import track
 
     if json_file is not None:
-        check_output(json_file, *models, data)
+        check_result_file(json_file, *models, data)
     result = benchmark(
         models,
         data,
@@ -67,11 +67,8 @@ def bench(
     out.print(benchmark_table(result))
     state = [line] if (line := gpu_state(result)) else []
     verdicts = [row["verdict"] for row in result["candidates"][1:]]
-    for line in state + verdicts + result["warnings"] + result["notes"]:
+    for line in [*state, *verdicts, *result["warnings"], *result["notes"], *shared_notes(result)]:
         typer.echo(line)
-    for row in result["candidates"]:
-        if row["note"]:
-            typer.echo(f"{row['name']}: {row['note']}")
 
 
 def compare(
@@ -91,11 +88,11 @@ def compare(
     """Compare models' outputs and accuracy on the same data."""
     from trt_int8.api import compare as stage
     from trt_int8.console import accuracy_table, console
-    from trt_int8.outputs import check_output
+    from trt_int8.model_files import check_result_file
     from trt_int8.progress import track
 
     if json_file is not None:
-        check_output(json_file, reference, *candidates, data)
+        check_result_file(json_file, reference, *candidates, data)
     result = stage(
         reference,
         candidates,
@@ -134,10 +131,10 @@ def inspect(
     from trt_int8.console import console
     from trt_int8.inspection import inspect as stage
     from trt_int8.inspection_tables import inspection_lines, inspection_tables
-    from trt_int8.outputs import check_output
+    from trt_int8.model_files import check_result_file
 
     if json_file is not None:
-        check_output(json_file, engine, model, against, data)
+        check_result_file(json_file, engine, model, against, data)
     result = stage(
         engine,
         model=model,

@@ -172,6 +172,10 @@ def build(
     model: ModelArgument,
     precision: Annotated[EngineName, typer.Option("--precision", help="What the engine computes in.")] = "int8",
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write into.")] = Path("engines"),
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="STEM", help="Writes DIR/STEM.PRECISION.engine (default: the model's name)."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="Scales, FP16 range and shapes of an FP32 model."),
@@ -264,6 +268,7 @@ def build(
         preprocessing=read_preprocessing(preprocessing),
         data_id=data_id,
         short_batch=short_batch,
+        name=name,
         track=track,
     )
     for line in summary_lines(built, precision):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,18 +12,25 @@ from rich.table import Table
 
 ABSENT = "-"
 
+IDENTICAL = "identical"
+
+PIPED_WIDTH = 120
+
 
 def console() -> Console:
-    """Return a console on stdout; tables are not squeezed where the output goes to a file or a pipe."""
+    """Return a console on stdout; where the output goes to a file or a pipe, tables are up to 120 columns wide."""
     out = Console()
-    return out if out.is_terminal else Console(width=max(out.width, 160))
+    return out if out.is_terminal else Console(width=max(out.width, PIPED_WIDTH))
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
-    """Make a plain table; the first `left` columns are text, the others numbers."""
+    """Make a plain table; the first `left` columns are text, folded where it is too long, the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+        if index < left:
+            table.add_column(column, overflow="fold")  # a name is never cut: what tells two apart may be its end
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
@@ -36,7 +43,7 @@ def benchmark_table(result: Mapping[str, Any]) -> Table:
     columns = ("model", "median ms", "p90", "p95", "p99", "samples/s", "speed-up", "95 % interval")
     rows = [
         (
-            _name(row),
+            _name(row, result),
             f"{row['median_ms']:.3f}",
             f"{row['p90_ms']:.3f}",
             f"{row['p95_ms']:.3f}",
@@ -47,7 +54,7 @@ def benchmark_table(result: Mapping[str, Any]) -> Table:
         )
         for row in result["candidates"]
     ]
-    return make_table(f"Speed ({result['rounds']} interleaved rounds)", columns, rows)
+    return make_table(_speed_title(result, "Speed"), columns, rows)
 
 
 def gpu_state(result: Mapping[str, Any]) -> str:
@@ -70,13 +77,23 @@ def gpu_state(result: Mapping[str, Any]) -> str:
     return f"GPU during the runs: {', '.join(parts)}" if parts else ""
 
 
+def shared_notes(result: Mapping[str, Any]) -> Iterator[str]:
+    """Give the notes on the rows of `benchmark.json`: each once, with the rows that it is about, if it is not all."""
+    rows = result["candidates"]
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        names = [row["name"] for row in rows if row["note"] == note]
+        yield note if len(names) == len(rows) else f"{', '.join(names)}: {note}"
+
+
 def accuracy_table(result: Mapping[str, Any]) -> Table:
     """Show `accuracy.json`."""
     columns = ("model", "samples", "top-1 %", "top-5 %", "agreement %", "SQNR dB", "cosine", "largest error")
     reference = result.get("reference_scores") or {}
+    all_simulated = bool(reference.get("simulated")) and _all_simulated(result)
+    mark = ", simulated" if reference.get("simulated") and not all_simulated else ""
     rows = [
         (
-            f"{result['reference']} (reference{', simulated' if reference.get('simulated') else ''})",
+            f"{result['reference']} (reference{mark})",
             number(reference.get("samples"), "d"),
             number(reference.get("top1"), ".2f"),
             number(reference.get("top5"), ".2f"),
@@ -88,18 +105,18 @@ def accuracy_table(result: Mapping[str, Any]) -> Table:
     ]
     rows += [
         (
-            _name(row),
+            str(row["name"]) if all_simulated else _marked(row),
             number(row["samples"], "d"),
             number(row["top1"], ".2f"),
             number(row["top5"], ".2f"),
             number(row["agreement"], ".2f"),
-            number(row["sqnr_db"], ".1f"),
+            sqnr(row),
             number(row["cosine"], ".5f"),
             number(row["max_abs"], ".4g"),
         )
         for row in result["candidates"]
     ]
-    return make_table("Accuracy", columns, rows)
+    return make_table(f"Accuracy{' (simulated)' if all_simulated else ''}", columns, rows)
 
 
 def size_table(models: Sequence[Mapping[str, Any]]) -> Table:
@@ -120,6 +137,11 @@ def size_table(models: Sequence[Mapping[str, Any]]) -> Table:
 def number(value: float | None, form: str) -> str:
     """Format a number, or a dash where there is none."""
     return ABSENT if value is None else format(value, form)
+
+
+def sqnr(row: Mapping[str, Any]) -> str:
+    """Format the `sqnr_db` of a row of `accuracy.json`, which has no number for identical outputs."""
+    return IDENTICAL if row.get("identical") else number(row.get("sqnr_db"), ".1f")
 
 
 def size(count: int) -> str:
@@ -146,7 +168,7 @@ def _engine_table(result: Mapping[str, Any]) -> Table:
         size_bytes = gpu.get("engine_bytes")
         rows.append(
             (
-                _name(row),
+                _name(row, result),
                 row["precision"] or ABSENT,
                 f"{row['median_ms']:.3f}",
                 f"{row['p99_ms']:.3f}",
@@ -157,8 +179,23 @@ def _engine_table(result: Mapping[str, Any]) -> Table:
                 number(None if size_bytes is None else size_bytes / 2**20, ".2f"),
             )
         )
-    return make_table(f"Speed, {what} ({result['rounds']} interleaved rounds)", columns, rows, left=2)
+    return make_table(_speed_title(result, f"Speed, {what}"), columns, rows, left=2)
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _speed_title(result: Mapping[str, Any], start: str) -> str:
+    fed = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in result["inputs"].items())
+    simulated = " (simulated)" if _all_simulated(result) else ""
+    return f"{start}{simulated}: batch of {result['batch_size']}, {fed}, {result['rounds']} interleaved rounds"
+
+
+def _all_simulated(result: Mapping[str, Any]) -> bool:
+    """Tell whether every row is simulated: then the title says so, once."""
+    return all(row.get("simulated") for row in result["candidates"])
+
+
+def _name(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return str(row["name"]) if _all_simulated(result) else _marked(row)
+
+
+def _marked(row: Mapping[str, Any]) -> str:
     return f"{row['name']} (simulated)" if row.get("simulated") else str(row["name"])

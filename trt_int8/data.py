@@ -181,8 +181,8 @@ class BatchSource:
         if self._noted:
             return
         self._noted = True
-        if feeds.extras or feeds.left_out:
-            names = ", ".join([*feeds.extras, *feeds.left_out])
+        names = ", ".join(name for name in (*feeds.extras, *feeds.left_out) if name != self._label)
+        if names:
             _log.info("%s: not fed to the model, which has no such input: %s", self.description, names)
 
 

@@ -14,14 +14,14 @@ from calibrators.protocols import Array
 from engines.device import open_device
 from engines.onnxrt import check_feeds, load_header
 from engines.optional import require
-from engines.sidecar import ENGINE_SUFFIXES, Environment, is_engine, sha256_of_model
+from engines.sidecar import ENGINE_SUFFIXES, Environment, Sidecar, is_engine, sha256_of_model
 from engines.size import external_files
 from engines.trt_inspector import LayerDifference, LayerTable, compare_tables, layer_table
 from engines.trt_layers import EngineLayer
 from engines.trt_profile import inspect_engine
 from engines.trt_runner import TensorRTRunner
 from trt_int8.data import DataSpec, open_data
-from trt_int8.errors import ConfigError
+from trt_int8.errors import ConfigError, FileAccessError, ModelError
 from trt_int8.random_data import random_feeds
 from trt_int8.runners import titles
 from trt_int8.shared_inputs import check_profile, shared_inputs
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
 
 DEFAULT_RUNS = 20
+
+MIN_OVERLAP = 0.5
+"""A model that shares fewer of its nodes with the engine is another one, see `LayerTable.overlap`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def inspect(
     Raises:
         ConfigError: a file is no engine by its name, or neither of two engines has a model to join them by.
         FileAccessError: a file is missing.
-        ModelError: the model is no ONNX model.
+        ModelError: the model is no ONNX model, or that of another engine.
         EngineLoadError: an engine cannot be loaded here.
         EngineError: an engine tells only the names of its layers.
         DataError: the data do not fit.
@@ -123,18 +126,17 @@ def inspect(
             )
     runners = [TensorRTRunner(plan, name=name, trust=trust) for plan, name in zip(plans, titles(plans), strict=True)]
     models = [_find_model(runner, model if runner is runners[0] else None) for runner in runners]
-    if against is not None and not any(found.header for found in models):
-        raise ConfigError(
-            f"Cannot put {runners[0].name} beside {runners[1].name}: neither model lies beside its engine, and their "
-            "layers are joined by the model's nodes. Name the first one's with --model."
-        )
+    _check_joinable(runners, models)
     feeds = _feeds(runners, data, batch_size, preprocessing)
     for runner in runners:
         check_feeds(runner.name, runner.inputs, feeds)
         check_profile(runner, {name: value.shape for name, value in feeds.items()})
+    trt = require("tensorrt", "inspect an engine")
     with open_device() as device:
-        environment, simulated = Environment.of(require("tensorrt", "inspect an engine"), device), device.simulated
+        environment, simulated = Environment.of(trt, device), device.simulated
     layers = [inspect_engine(runner.path, feeds, runs=runs, trust=trust) for runner in runners]
+    models = list(map(_fitting, runners, layers, models))
+    _check_joinable(runners, models)
     headers = [found.header for found in models]
     tables = list(map(_table, runners, layers, headers))
     differences: tuple[LayerDifference, ...] = ()
@@ -158,35 +160,95 @@ def inspect(
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """The model of an engine, without its weights; None where it was not found."""
+    """The model of an engine, without its weights; None where it was not found.
+
+    `sure` where its hash is the one in the sidecar; `given` where the user named it.
+    """
 
     header: onnx.ModelProto | None
     name: str | None
     notes: tuple[str, ...] = ()
+    sure: bool = False
+    given: bool = False
+
+
+def _check_joinable(runners: Sequence[TensorRTRunner], models: Sequence[_Model]) -> None:
+    if len(runners) > 1 and all(found.header is None for found in models):
+        raise ConfigError(
+            f"Cannot put {runners[0].name} beside {runners[1].name}: neither model was found, and their layers are "
+            "joined by the model's nodes. Name the first one's with --model."
+        )
 
 
 def _find_model(runner: TensorRTRunner, given: str | os.PathLike[str] | None) -> _Model:
-    """Find the model that an engine was built from: the one given, else the one beside it that its sidecar names."""
+    """Find the model that an engine was built from: the one given, else the one that its sidecar names.
+
+    A sidecar has the model's file name and hash, and no folder: the file is looked for beside the engine, in the folder
+    above, and in the current one.
+    """
     sidecar = runner.sidecar
     name = f"{runner.path.name}.onnx" if sidecar is None else sidecar.model
     path = runner.path.with_name(name) if given is None else Path(given)
-    if given is None and not path.is_file():
-        note = (
-            f"{name}, the model that {runner.name} was built from, is not beside it: its layers alone are shown. Name "
-            "the model with --model."
-        )
-        return _Model(None, None, (note,))
-    header = load_header(path)
     if sidecar is None:
+        if given is None and not path.is_file():
+            return _missing(runner, f"{name} is not beside it")
         note = f"{runner.name} has no sidecar that covers it: whether {path.name} is its model is not known."
-        return _Model(header, path.name, (note,))
-    if sha256_of_model([path, *(path.parent / name for name in external_files(header))]) != sidecar.model_sha256:
+        return _Model(load_header(path), path.name, (note,), given=given is not None)
+    if given is not None:
+        header = load_header(path)
+        if _is_model_of(sidecar, path, header):
+            return _Model(header, path.name, sure=True, given=True)
         note = (
             f"{path.name} is not the model that {runner.name} was built from, or was changed since: its SHA-256 is not "
-            "the one in the sidecar. Nodes and precisions may not fit; name the right file with --model."
+            "the one in the sidecar. Nodes and precisions may not fit."
         )
-        return _Model(header, path.name, (note,))
-    return _Model(header, path.name)
+        return _Model(header, path.name, (note,), given=True)
+    for folder in (runner.path.parent, runner.path.absolute().parent.parent, Path()):
+        found = _read_if_model_of(sidecar, folder / name)
+        if found is not None:
+            return _Model(found, name, sure=True)
+    if path.is_file():
+        return _missing(runner, f"{name} beside it was changed since: its SHA-256 is not the one in the sidecar")
+    return _missing(runner, f"{name} is not beside it, nor in the folder above or the current one")
+
+
+def _missing(runner: TensorRTRunner, why: str) -> _Model:
+    note = f"The model that {runner.name} was built from was not found ({why}): its layers alone are shown."
+    return _Model(None, None, (f"{note} Name the model with --model.",))
+
+
+def _is_model_of(sidecar: Sidecar, path: Path, header: onnx.ModelProto) -> bool:
+    return sha256_of_model([path, *(path.parent / name for name in external_files(header))]) == sidecar.model_sha256
+
+
+def _read_if_model_of(sidecar: Sidecar, path: Path) -> onnx.ModelProto | None:
+    try:
+        header = load_header(path)
+        return header if _is_model_of(sidecar, path, header) else None
+    except (FileAccessError, ModelError):  # then it is not the one that was built from
+        return None
+
+
+def _fitting(runner: TensorRTRunner, layers: tuple[EngineLayer, ...], model: _Model) -> _Model:
+    """Leave a model out that is not the engine's, as its nodes show.
+
+    Raises:
+        ModelError: the user named it.
+    """
+    if model.sure or model.header is None:
+        return model
+    overlap = _table(runner, layers, model.header).overlap
+    if overlap >= MIN_OVERLAP:
+        return model
+    if model.given:
+        expected = (
+            "" if runner.sidecar is None else f"; expected {runner.sidecar.model}, whose SHA-256 is in its sidecar"
+        )
+        raise ModelError(
+            f"Cannot show {runner.name} beside {model.name}: it was built from another model, as only {overlap:.0%} of "
+            f"the nodes have the same names{expected}. Name that one, or leave --model out to see the layers alone."
+        )
+    return _missing(runner, f"{model.name} is another one, as only {overlap:.0%} of the nodes have the same names")
 
 
 def _feeds(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_int8.console import ABSENT, make_table, number, size, size_table
+from trt_int8.console import ABSENT, make_table, number, size, size_table, sqnr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,7 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
             item["name"],
             number(scores[item["name"]].get("top1"), ".2f"),
             number(scores[item["name"]].get("agreement"), ".2f"),
-            number(scores[item["name"]].get("sqnr_db"), ".1f"),
+            sqnr(scores[item["name"]]),
             *_speed(times.get(item["name"])),
             *((ABSENT, ABSENT) if simulated else (size(item["file_bytes"]), f"{item['ratio']:.2f}x")),
         )

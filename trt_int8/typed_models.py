@@ -15,6 +15,7 @@ from engines.graph import prepare, save_model
 from engines.placement import Residual
 from engines.sidecar import Provenance
 from engines.trt_types import Precision, held_types
+from trt_int8.calibration import check_fits
 from trt_int8.config import Method
 from trt_int8.quantization import CALIBRATION_KEY, METHOD_KEY, convert_fp16, method_name, quantize
 
@@ -41,7 +42,8 @@ def write_typed(
 
     Args:
         model: the FP32 model.
-        precision: "fp32" and "tf32" only prepare the graph, and need no calibration.
+        precision: "fp32" and "tf32" only prepare the graph, and need no calibration; one of another model is refused
+            all the same.
         scales: where the scales come from.
         output: the file to write.
         track: shows the progress.
@@ -54,12 +56,15 @@ def write_typed(
         ModelError: an expression of `exclude` matches nothing.
     """
     if scales.calibration is None or precision == "fp32" or precision == "tf32":
-        save_model(prepare(model).proto, output)
+        prepared = prepare(model)
+        if scales.calibration is not None and not scales.force:
+            check_fits(scales.calibration, prepared)
+        save_model(prepared.proto, output)
         return None, ()
     if precision == "fp16":
         half = convert_fp16(model, scales.calibration, output=output, force=scales.force)
         held = [f"{node.node} ({node.reason})" for node in half.held]
-        return None, _listed(f"{len(held)} of {half.nodes} nodes stay in FP32", held)
+        return None, _unbounded(_listed(f"{len(held)} of {half.nodes} nodes stay in FP32", held), held)
     quantized = quantize(
         model,
         scales.calibration,
@@ -76,7 +81,8 @@ def write_typed(
     floating = [f"{decision.node} ({decision.reason})" for decision in quantized.held_back]
     summary = f"{len(floating)} of {len(quantized.placement.decisions)} weighted nodes stay in floating point"
     held = [f"{node.node} ({node.reason})" for node in quantized.held]
-    notes = (*_listed(summary, floating), *_listed(f"{len(held)} nodes stay in FP32", held), *quantized.notes)
+    guarded = _unbounded(_listed(f"{len(held)} nodes stay in FP32", held), held)
+    notes = (*_listed(summary, floating), *guarded, *quantized.notes)
     return Provenance(method_name(scales.method, scales.percentile), scales.calibration.sha256), notes
 
 
@@ -87,6 +93,13 @@ def provenance_of(header: onnx.ModelProto) -> Provenance | None:
         return None
     metadata = {entry.key: entry.value for entry in header.metadata_props}
     return Provenance(metadata.get(METHOD_KEY, "as in the model"), metadata.get(CALIBRATION_KEY))
+
+
+def _unbounded(notes: tuple[str, ...], held: Sequence[str]) -> tuple[str, ...]:
+    """Add to a note of nodes in FP32 how those get a bound whose range nothing tells."""
+    if not any("was not calibrated" in item for item in held):
+        return notes
+    return tuple(f"{note}. Calibrate with --tensors all to know the range of every tensor." for note in notes)
 
 
 def _listed(summary: str, items: Sequence[str]) -> tuple[str, ...]:

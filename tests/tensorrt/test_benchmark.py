@@ -86,6 +86,9 @@ def test_engines_of_all_precisions_in_one_table(tiny_model: Path, bench: Any) ->
         assert row["name"] in out
     assert out.count("no verdict, the device is SIMULATED") == 3
     assert "faster" not in out
+    assert out.count("run on a SIMULATED device") == 1
+    assert "(simulated): batch of 4, input 4x3x8x8, 5 interleaved rounds" in out
+    assert out.count("(simulated)") == 1
 
 
 def test_beside_an_onnx_file_all_are_timed_by_the_hosts_clock(tiny_model: Path, engine: Path, bench: Any) -> None:
@@ -117,13 +120,14 @@ def test_transfers_are_part_of_the_times_on_demand(engine: Path, tiny_model: Pat
 def test_a_graph_that_falls_back_is_reported(engine: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason is in the row and among the warnings."""
     monkeypatch.setenv("TRTSIM_NO_GRAPHS", "1")
-    status, out, _, data = bench(engine)
+    status, out, err, data = bench(engine)
 
     gpu = data["candidates"][0]["gpu"]
     assert status == 0
     assert gpu["cuda_graph"] is False
     assert "CUDA_ERROR_NOT_SUPPORTED" in gpu["graph_fallback"]
-    assert "tiny.fp32.engine ran without a CUDA graph" in out
+    assert out.count("tiny.fp32.engine ran without a CUDA graph") == 1
+    assert "without a CUDA graph" not in err
 
 
 def test_graphs_can_be_switched_off(engine: Path, bench: Any) -> None:

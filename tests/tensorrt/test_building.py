@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 
 from calibrators.errors import CalibrationError
 from calibrators.tensorrt_cache import TensorRTCache
-from engines.errors import EngineBuildError
+from engines.errors import EngineBuildError, EngineLoadError
 from engines.sidecar import Provenance, read_sidecar
 from engines.trt_builder import BuiltEngine
 from engines.trt_runner import TensorRTRunner
@@ -170,6 +171,44 @@ def test_a_name_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     assert (built.path.name, built.sidecar.model) == ("entropy.fp32.engine", "entropy.fp32.engine.onnx")
 
 
+def test_an_engine_that_is_replaced_is_named(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """One of another method, but not the same one built again, nor one of another precision or name."""
+
+    def notes(**chosen: Any) -> list[str]:
+        built = build_engine(tiny_model, tmp_path / "out", calibration=calibration, **chosen)
+        return [note for note in built.notes if note.startswith("replaced")]
+
+    plan = tmp_path / "out" / "tiny.int8.engine"
+    for options in ({}, {}, {"precision": "fp16"}, {"name": "other", "method": "mse"}):
+        assert notes(**options) == []
+    assert notes(method="mse") == [f"replaced {plan} (TensorRT {trt.__version__}, entropy)"]
+    sidecar = plan.with_name(f"{plan.name}.json")
+    sidecar.write_text(sidecar.read_text().replace(f'"tensorrt": "{trt.__version__}"', '"tensorrt": "9.3.0.1"'))
+    assert notes(method="mse") == [f"replaced {plan} (TensorRT 9.3.0.1, mse)"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_command_in_a_load_error_builds_what_can_be_loaded(
+    tiny_model: Path, calibration: Calibration, run_model: Callable[..., Any], tmp_path: Path, precision: Any
+) -> None:
+    """Pasted as it stands; it builds from the model beside the engine, for the same shapes, in another folder."""
+    built = build_engine(tiny_model, tmp_path / "of mine", precision=precision, calibration=calibration)
+    sidecar = built.path.with_name(f"{built.path.name}.json")
+    sidecar.write_text(sidecar.read_text().replace(f'"tensorrt": "{trt.__version__}"', '"tensorrt": "9.3.0.1"'))
+    with pytest.raises(EngineLoadError, match=r"this is TensorRT") as caught:
+        answers(built.path)
+    words = shlex.split(str(caught.value).partition("Build it here: ")[2])
+
+    assert words[0] == "trt-int8"
+    assert main(words[1:]) == 0
+    rebuilt = built.path.parent / "rebuilt" / built.path.name
+    expected = run_model(built.path.parent / built.sidecar.model, FEEDS)["logits"]
+    np.testing.assert_allclose(answers(rebuilt), expected, atol=5e-3)
+    again = read_sidecar(rebuilt)
+    assert again is not None
+    assert again.profiles == built.sidecar.profiles
+
+
 def test_a_static_model_needs_no_profile(tmp_path: Path, graph_builder: Any) -> None:
     """Without dynamic axes there is none, and nothing to ask for."""
     builder = graph_builder()
@@ -186,6 +225,24 @@ def test_nodes_that_stay_in_floating_point_are_noted(
     built = build_engine(tiny_model, tmp_path, calibration=calibration, exclude=["fc"])
 
     assert any(re.match(r"1 of 2 weighted nodes stay in floating point: fc \(", note) for note in built.notes)
+
+
+def test_nodes_without_a_bound_are_noted_with_what_gives_them_one(tmp_path: Path, graph_builder: Any) -> None:
+    """FP16 keeps what nothing is known of in FP32; a calibration of all tensors knows it."""
+    builder = graph_builder()
+    conv = builder.conv(builder.input("x", ("batch", 3, 8, 8)), (3, 4), "c")
+    model = builder.save(tmp_path / "m.onnx", [builder.node("Sigmoid", [builder.node("Exp", [conv], "e")], "y")])
+    data = {"x": SAMPLES}
+
+    def note(tensors: Any) -> list[str]:
+        seen = calibrate(model, data, tensors=tensors)
+        half = build_engine(model, tmp_path / tensors, precision="fp16", calibration=seen)
+        return [note for note in half.notes if "stay in FP32" in note]
+
+    (found,) = note("quantized")
+    assert "was not calibrated and has no bound" in found
+    assert found.endswith(". Calibrate with --tensors all to know the range of every tensor.")
+    assert note("all") == []
 
 
 def test_options_reach_the_builder(tiny_model: Path, tmp_path: Path) -> None:
@@ -248,22 +305,30 @@ def test_a_failed_build_leaves_an_earlier_engine_and_its_model_alone(
         (
             {},
             ConfigError,
-            "as int8: it is an FP32 model, and the scales of INT8 needs a calibration. Run `trt-int8 cal",
+            "as int8: it is an FP32 model, and the scales of INT8 need a calibration. Run `trt-int8 cal",
         ),
-        ({"precision": "fp16"}, ConfigError, "guard that keeps values in the range of FP16 needs a calibration"),
+        ({"precision": "fp16"}, ConfigError, "guard that keeps values in FP16's range needs a calibration"),
         ({"precision": "int4"}, ConfigError, "precision is 'int4'; expected 'fp32' or"),
         (
             {"precision": "fp32"},
             ConfigError,
-            r"input input: .* has a dynamic axis, and nothing says .* --batch MIN,OPT",
+            r"input 'input': .* has a dynamic axis, and nothing says .* --batch MIN,OPT",
         ),
         ({"precision": "fp32", "batch": (4, 2, 8)}, ConfigError, "ascending"),
-        ({"precision": "fp32", "shapes": {"x": [(1,)] * 3}}, EngineBuildError, "no optimization profile"),
+        (
+            {"precision": "fp32", "shapes": {"x": [(1,)] * 3}},
+            ConfigError,
+            "'x', which is no input; the model's are 'input'",
+        ),
         ({"precision": "fp32", "data": {"input": SAMPLES}}, UsageError, "add --implicit"),
-        ({"precision": "fp32", "calibrator": "minmax"}, UsageError, "calibrator says how TensorRT's own"),
-        ({"precision": "fp32", "batch_size": 2, "cache": "c"}, UsageError, "batch size and cache say how"),
+        ({"precision": "fp32", "calibrator": "minmax"}, UsageError, "--calibrator says how TensorRT's own"),
+        ({"precision": "fp32", "batch_size": 2, "cache": "c"}, UsageError, "--batch-size and --cache say how"),
         ({"implicit": True}, UsageError, "neither was given"),
-        ({"implicit": True, "data": {"input": SAMPLES}, "method": "mse"}, UsageError, "method would change nothing"),
+        ({"implicit": True, "data": {"input": SAMPLES}, "method": "mse"}, UsageError, "--method would change nothing"),
+        ({"precision": "fp32", "batch": (1, 1, 1), "residual": "float"}, UsageError, "fp32 has no scales"),
+        ({"precision": "fp32", "batch": (1, 1, 1), "max_batches": 3}, UsageError, "--max-batches says how"),
+        ({"precision": "fp32", "batch": (1, 1, 1), "short_batch": "pad"}, UsageError, "--short-batch says how"),
+        ({"percentile": 99.0}, UsageError, "the method is not percentile"),
         ({"implicit": True, "data": {"input": SAMPLES}, "precision": "fp16"}, EngineBuildError, "not fp16"),
         ({"precision": "fp32", "batch": (1, 1, 1), "name": "a/b"}, ConfigError, "name is 'a/b'"),
         ({"precision": "fp32", "batch": (1, 1, 1), "optimization_level": 9}, EngineBuildError, "0 to 5"),
@@ -296,14 +361,30 @@ def test_a_calibration_without_shapes_says_so(tiny_model: Path, calibration: Cal
 
 
 def test_a_calibration_of_another_model_is_refused(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:
-    """For INT8 and FP16, whichever way; FP32 asks it for nothing but shapes; force takes what fits."""
+    """For every precision, also where nothing but its shapes is asked for; force takes what fits."""
     other = other_model(tmp_path / "other.onnx", tiny_model)
-    for precision in ("int8", "fp16"):
-        with pytest.raises(CalibrationError, match="does not belong"):
+    for precision in ("int8", "fp16", "fp32", "tf32"):
+        with pytest.raises(CalibrationError, match=r"does not belong to .*: its weights differ.*--force"):
             build_engine(other, tmp_path / "out", precision=precision, calibration=calibration)
     assert not (tmp_path / "out").exists()
-    build_engine(other, tmp_path / "out", precision="fp32", calibration=calibration)
-    build_engine(other, tmp_path / "out", precision="int8", calibration=calibration, force=True)
+    for precision in ("fp32", "int8"):
+        build_engine(other, tmp_path / "out", precision=precision, calibration=calibration, force=True)
+
+
+def test_a_calibration_of_other_inputs_makes_no_profile(
+    tiny_model: Path, calibration: Calibration, tmp_path: Path, graph_builder: Any
+) -> None:
+    """Said before a profile is made of it, for FP32 models and for those that hold their types."""
+    quantize(tiny_model, calibration, output=tmp_path / "typed.onnx")
+    for size, name in ((9, "input"), (8, "picture")):
+        builder = graph_builder()
+        node = builder.conv(builder.input(name, ("batch", 3, size, 8)), (3, 4), "y")
+        other = builder.save(tmp_path / "other.onnx", [node])
+        strange = calibrate(other, {name: np.ones((2, 3, size, 8), np.float32)})
+        for model in (tiny_model, tmp_path / "typed.onnx"):
+            with pytest.raises(CalibrationError, match=r"the calibration saw other inputs, .*'input': float32"):
+                build_engine(model, tmp_path / "out", precision="int8", calibration=strange)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_for_the_cpu_or_of_other_types(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:
@@ -320,7 +401,7 @@ def test_a_batch_for_a_model_that_fixes_it(tmp_path: Path, graph_builder: Any) -
     """There is nothing to vary."""
     builder = graph_builder()
     model = builder.save(tmp_path / "m.onnx", [builder.conv(builder.input("x", (2, 3, 8, 8)), (3, 4), "y")])
-    with pytest.raises(ConfigError, match=r"no input has a dynamic batch: x: float32 \(2, 3, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"no input has a dynamic batch: 'x': float32 \(2, 3, 8, 8\)"):
         build_engine(model, tmp_path, precision="fp32", batch=(1, 2, 4))
 
 
@@ -373,7 +454,10 @@ def test_tensorrt_is_given_every_batch_and_keeps_the_scales(
 
     assert (delivered(first), delivered(second)) == (5, 0)
     assert f"TensorRT's {kind} calibrator read 5 batches; its scales are kept in {cache}." in first.notes
-    assert "Batches with fewer than 4 samples were dropped: 1, with 2 samples." in first.notes
+    assert (
+        "Batches with fewer than 4 samples were dropped: 1, with 2 samples. Keep them with --short-batch pad."
+        in first.notes
+    )
     assert f"The scales were read back from {cache}; no batch was calibrated on." in second.notes
     assert first.sidecar.calibration is not None
     assert first.sidecar.calibration.method == f"{kind} (TensorRT)"
@@ -720,6 +804,10 @@ def test_the_scales_of_named_data_are_read_back(
     "words",
     [
         ["--batch", "1,8"],
+        ["--batch", "8,4,1"],
+        ["--precision", "fp32", "--batch", "1,2,4", "--method", "mse"],
+        ["--precision", "fp16", "--exclude", "fc"],
+        ["--percentile", "99"],
         ["--shape", "input=1x3x8x8"],
         ["--data", "d.npz", "--precision", "fp32"],
         ["--calibrator", "minmax", "--precision", "fp32"],
@@ -731,6 +819,42 @@ def test_options_that_do_not_go_together_are_a_usage_error(tiny_model: Path, tmp
     """Exit status 2."""
     assert main(["build", str(tiny_model), "--output", str(tmp_path / "out"), *words]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@only_10
+def test_no_file_of_the_users_is_replaced_by_a_cache(
+    refused: Any, tiny_model: Path, calibration: Calibration, tmp_path: Path, data: Path
+) -> None:
+    """Refused before the data are read, each with the option that named the file."""
+    calibration.save(tmp_path / "calibration.npz")
+    (tmp_path / "kept.json").write_text("{}")
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words, option in (
+        (("--cache", tmp_path / "calibration.npz"), "--cache"),
+        (("--cache", tmp_path / "kept"), "--cache"),
+        (("--timing-cache", tmp_path / "calibration.npz"), "--timing-cache"),
+        (("--timing-cache", tmp_path / "kept"), "--timing-cache"),
+        (("--cache", tmp_path / "same", "--timing-cache", tmp_path / "same"), "--timing-cache"),
+        (("--cache", data), "--cache"),
+        (("--timing-cache", tmp_path), "--timing-cache"),
+    ):
+        line = refused(tiny_model, "--implicit", "--data", data, "--calibrator", "percentile", *words)
+        assert f" with {option}" in line
+        assert "--output" not in line
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+
+def test_a_name_on_the_command_line(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is what the engine's files are called by."""
+    words = [tiny_model, "--precision", "fp32", "--batch", "1,2,4", "--name", "mine", "--output", tmp_path / "out"]
+    assert main(["build", *map(str, words)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out' / 'mine.fp32.engine'}: fp32, ")
+
+
+def test_a_folder_is_no_model(refused: Any, tmp_path: Path) -> None:
+    """It is there, and is not what is expected."""
+    line = refused(tmp_path, "--precision", "fp32")
+    assert line == f"error: Cannot read the model: {str(tmp_path)!r} is a folder; expected an ONNX file."
 
 
 def test_without_a_gpu(refused: Any, tiny_model: Path) -> None:
@@ -855,6 +979,7 @@ def test_the_example_does_what_the_command_does(
     done = subprocess.run(list(map(str, script)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SIMULATED") == 3
+    assert (tmp_path / "example" / "timing.cache").is_file()
     calibration = tmp_path / "c.npz"
     assert (
         main(["calibrate", str(tiny_model), "--data", str(data), "--batch-size", "32", "--output", str(calibration)])
@@ -867,3 +992,12 @@ def test_the_example_does_what_the_command_does(
         assert (tmp_path / "example" / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
         expected = run_model(tmp_path / "example" / f"{name}.onnx", FEEDS)["logits"]
         np.testing.assert_allclose(answers(tmp_path / "example" / name), expected, atol=5e-3)
+
+
+def test_the_example_says_how_it_is_called() -> None:
+    """One line, where arguments are missing."""
+    script = [sys.executable, str(ROOT / "examples" / "build_engines.py"), "model.onnx"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"usage: python {script[1]} MODEL.onnx DATA FOLDER\n"

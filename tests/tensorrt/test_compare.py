@@ -196,8 +196,8 @@ def test_the_result_tells_simulated_engines(models: dict[str, Path], data: Path,
     assert main([*arguments, "--json", str(file)]) == 0
 
     out, _ = capfd.readouterr()
-    assert "m.fp32.engine (reference, simulated)" in out
-    assert "m.int8.engine (simulated)" in out
+    assert out.startswith("Accuracy (simulated)")
+    assert "m.fp32.engine (reference)" in out
     result = json.loads(file.read_text())
     assert result["reference_scores"]["simulated"]
     assert result["candidates"][0]["simulated"]

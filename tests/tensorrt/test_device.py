@@ -289,7 +289,8 @@ def test_after_an_illegal_access_all_calls_fail_and_closing_does_not(library: De
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 6
-    assert all("illegal memory access" in line for line in lines)
+    assert all("illegal memory access" in line and "CUDA_LAUNCH_BLOCKING=1" in line for line in lines)
+    assert "PyCUDA WARNING" not in result.stderr
 
 
 def test_without_a_gpu_the_driver_says_so(library: DeviceLibrary) -> None:

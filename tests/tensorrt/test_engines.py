@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import pytest
 import tensorrt as trt
 from onnx import TensorProto, helper
 
+from calibrators.errors import FileAccessError
 from calibrators.tensorrt import ImplicitCalibrator, scales_calibrator, streaming_calibrator
 from engines.device import UploadBuffers, open_device
 from engines.errors import EngineBuildError, EngineLoadError, InferenceError
@@ -31,6 +33,7 @@ from engines.trt_log import tensorrt_log
 from engines.trt_options import BuildOptions
 from engines.trt_profile import inspect_engine
 from engines.trt_runner import TensorRTRunner
+from engines.trt_timing_cache import TimingCacheFile
 from trt_int8.api import calibrate, quantize
 from trt_int8.quantization import convert_fp16
 
@@ -232,7 +235,7 @@ def test_a_model_for_the_cpu_is_refused(tiny_model: Path, tmp_path: Path) -> Non
     ("changes", "problem"),
     [
         ({"profiles": ()}, "no optimization profile"),
-        ({"profiles": [{"inputs": ShapeRange((1,), (1,), (1,))}]}, "no optimization profile"),
+        ({"profiles": [{"inputs": ShapeRange((1,), (1,), (1,))}]}, "'inputs', which is no input"),
         ({"precision": "int4"}, "no precision 'int4'"),
         ({"workspace_bytes": 0}, "workspace limit"),
         ({"optimization_level": 6}, "0 to 5"),
@@ -271,7 +274,7 @@ def test_a_failed_build_quotes_the_log(tiny_model: Path, monkeypatch: pytest.Mon
 
 
 def test_the_timing_cache_is_kept_between_builds(tiny_model: Path, tmp_path: Path) -> None:
-    """It is made by the first build, read by the second, and made anew where it is of something else."""
+    """It is made by the first build and read by the second."""
     cache = tmp_path / "timing.cache"
     chosen = options(tiny_model, timing_cache=cache)
     build_engine(tiny_model, tmp_path / "one.engine", chosen)
@@ -281,10 +284,74 @@ def test_the_timing_cache_is_kept_between_builds(tiny_model: Path, tmp_path: Pat
     assert cache.read_bytes() == kept
     assert not any("timing cache" in note for note in second.notes)
 
-    cache.write_bytes(b"something else entirely")
-    third = build_engine(tiny_model, tmp_path / "three.engine", chosen)
-    assert any("timing.cache is of another GPU" in note for note in third.notes)
+
+def written_by_another_release(cache: Path) -> None:
+    """Make a timing cache, and its record, of what this TensorRT does not take."""
+    record = cache.with_name(f"{cache.name}.json")
+    old = hashlib.sha256(cache.read_bytes()).hexdigest()
+    cache.write_bytes(b"TIMING CACHE OF ANOTHER RELEASE")
+    record.write_text(record.read_text().replace(old, hashlib.sha256(cache.read_bytes()).hexdigest()))
+
+
+def test_a_timing_cache_of_another_release_is_made_anew(tiny_model: Path, tmp_path: Path) -> None:
+    """It is known to be ours by its record, however often the release changes."""
+    cache = tmp_path / "timing.cache"
+    chosen = options(tiny_model, timing_cache=cache)
+    build_engine(tiny_model, tmp_path / "m.engine", chosen)
+    kept = cache.read_bytes()
+    for _ in range(2):
+        written_by_another_release(cache)
+        again = build_engine(tiny_model, tmp_path / "m.engine", chosen)
+        assert any("timing.cache is of another GPU" in note for note in again.notes)
+        assert cache.read_bytes() == kept
+    assert not any("timing cache" in note for note in build_engine(tiny_model, tmp_path / "m.engine", chosen).notes)
+
+
+def test_a_crash_between_a_timing_cache_and_its_record_does_no_harm(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record goes first and still knows the cache that was there."""
+    cache = tmp_path / "timing.cache"
+    chosen = options(tiny_model, timing_cache=cache)
+    build_engine(tiny_model, tmp_path / "m.engine", chosen)
+    kept = cache.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("engines.trt_timing_cache.write_bytes", lambda path, data: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            TimingCacheFile(cache).write(b"new times")
+
     assert cache.read_bytes() == kept
+    assert not TimingCacheFile(cache).foreign
+    assert not any("timing cache" in note for note in build_engine(tiny_model, tmp_path / "m.engine", chosen).notes)
+
+
+def test_a_timing_cache_of_somebody_else_is_read_and_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """TensorRT takes it, so that its times serve; whose it is, it stays."""
+    cache = tmp_path / "timing.cache"
+    build_engine(tiny_model, tmp_path / "m.engine", options(tiny_model, timing_cache=cache))
+    shared = tmp_path / "shared.cache"
+    shared.write_bytes(cache.read_bytes())
+    built = build_engine(tiny_model, tmp_path / "m.engine", options(tiny_model, timing_cache=shared))
+
+    assert built.notes[0].startswith("The timing cache shared.cache was not written by trt-int8: it is read, and left")
+    assert not shared.with_name("shared.cache.json").exists()
+
+
+def test_a_file_that_is_no_timing_cache_is_not_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    """Neither in place of the cache nor of its record; an empty file is nothing to lose."""
+    strange = tmp_path / "precious.npz"
+    strange.write_bytes(b"precious")
+    with pytest.raises(FileAccessError, match=r"precious\.npz': TensorRT .* does not take it .* with --timing-cache"):
+        build_engine(tiny_model, tmp_path / "m.engine", options(tiny_model, timing_cache=strange))
+    (tmp_path / "config.json").write_text('{"sha256": []}')
+    with pytest.raises(FileAccessError, match=r"'config\.json' beside it is a file of something else"):
+        build_engine(tiny_model, tmp_path / "m.engine", options(tiny_model, timing_cache=tmp_path / "config"))
+    assert (strange.read_bytes(), (tmp_path / "config.json").read_text()) == (b"precious", '{"sha256": []}')
+    assert not (tmp_path / "m.engine").exists()
+
+    (tmp_path / "empty").touch()
+    build_engine(tiny_model, tmp_path / "m.engine", options(tiny_model, timing_cache=tmp_path / "empty"))
+    assert (tmp_path / "empty").stat().st_size
 
 
 def test_the_build_is_shown_and_can_be_stopped(tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from engines.trt_builder import build_engine
 from engines.trt_options import BuildOptions
 from trt_int8.api import calibrate, quantize
 from trt_int8.cli import main
-from trt_int8.errors import ConfigError, InferenceError, ModelError
+from trt_int8.errors import ConfigError, DeviceError, InferenceError, ModelError
 from trt_int8.inspection import inspect
 from trt_int8.quantization import convert_fp16
 
@@ -103,13 +104,16 @@ def test_data_settle_the_batch(engines: dict[str, Path]) -> None:
 
 
 def test_without_a_model_the_layers_are_shown_alone(engines: dict[str, Path], capfd: Any) -> None:
-    """It says which file it missed. With --model it is read from elsewhere."""
+    """It says which file it missed, and where. With --model it is read from elsewhere."""
     model = engines["int8"].with_name("int8.onnx")
     moved = model.rename(model.with_name("moved.onnx"))
 
     assert main(["inspect", str(engines["int8"])]) == 0
     out = capfd.readouterr().out
-    assert "int8.onnx, the model that m.int8.engine was built from, is not beside it" in out
+    assert (
+        "The model that m.int8.engine was built from was not found (int8.onnx is not beside it, nor in the folder "
+        "above or the current one): its layers alone are shown."
+    ) in out
     assert "conv.weight_DequantizeLinear" in out
     assert "intended" not in out
 
@@ -130,17 +134,99 @@ def test_one_model_is_enough_for_two_engines(engines: dict[str, Path]) -> None:
         inspect(engines["int8"], against=engines["fp16"])
 
 
+@pytest.mark.parametrize("above", [True, False])
+def test_the_model_is_found_in_other_folders(
+    engines: dict[str, Path], above: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder above the engine's and in the current one, by its hash; a model of that name alone is not it."""
+    folder = tmp_path / "deep" / "engines"
+    folder.mkdir(parents=True)
+    engine = shutil.copy(engines["int8"], folder)
+    shutil.copy(sidecar_path(engines["int8"]), folder)
+    shutil.copy(engines["fp16"].with_name("fp16.onnx"), folder / "int8.onnx")
+    right = engines["int8"].with_name("int8.onnx")
+    if above:
+        shutil.move(right, folder.parent)
+    else:
+        monkeypatch.chdir(right.parent)
+
+    found = inspect(engine, runs=0)
+
+    assert (found.model, found.notes) == ("int8.onnx", ())
+    assert len(found.table.intended_int8) == 2
+
+
+def test_another_model_is_refused(engines: dict[str, Path], graph_builder: Any, capfd: Any) -> None:
+    """One line of what was found and expected. Without a sidecar, and not named, it is left out."""
+    builder = graph_builder()
+    builder.input("input", ("N", *IMAGE))
+    nodes = [builder.node("Sigmoid", ["input"]), builder.node("Neg", ["input"])]
+    other = builder.save(engines["int8"].with_name("other.onnx"), nodes)
+
+    assert main(["inspect", str(engines["int8"]), "--model", str(other)]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Cannot show m.int8.engine beside other.onnx: it was built from another model, as only 0% of" in line
+    assert "expected int8.onnx" in line
+
+    sidecar_path(engines["int8"]).unlink()
+    other.rename(engines["int8"].with_name("m.int8.engine.onnx"))
+    found = inspect(engines["int8"], trust=True, runs=0)
+    assert (found.model, found.table.rows) == (None, ())
+    assert "m.int8.engine.onnx is another one" in found.notes[0]
+
+
+def test_a_changed_model_that_is_named_is_shown(engines: dict[str, Path]) -> None:
+    """Its nodes are the engine's; the note says that they may not fit."""
+    model = engines["int8"].with_name("int8.onnx")
+    proto = onnx.load(model)
+    proto.doc_string = "changed"
+    onnx.save(proto, model)
+
+    found = inspect(engines["int8"], model=model, runs=0)
+
+    assert len(found.table.intended_int8) == 2
+    assert "int8.onnx is not the model that m.int8.engine was built from, or was changed since" in found.notes[0]
+
+
+def test_a_failure_on_the_device_names_the_engine(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what can be done."""
+    monkeypatch.setattr("engines.trt_session.EngineSession.synchronize", lost)
+    with pytest.raises(InferenceError, match=r"^m\.int8\.engine failed on the GPU: gone"):
+        inspect(engines["int8"], runs=1)
+
+
+def lost(self: Any) -> None:
+    raise DeviceError("gone")
+
+
+def test_ctrl_c_in_a_callback_ends_the_inspection(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT would swallow it."""
+
+    class Interrupting(dict[str, float]):
+        def __init__(self, _: Any) -> None:
+            super().__init__()
+
+        def __missing__(self, name: str) -> float:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("engines.trt_profile.defaultdict", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        inspect(engines["int8"], runs=1)
+
+
 def test_a_changed_model_is_told(engines: dict[str, Path], capfd: Any) -> None:
-    """The table is shown, with the warning that it may not fit."""
+    """It is not shown: the layers are, alone."""
     model = engines["int8"].with_name("int8.onnx")
     proto = onnx.load(model)
     proto.doc_string = "changed"
     onnx.save(proto, model)
 
     assert main(["inspect", str(engines["int8"]), "--no-profile"]) == 0
-    assert (
-        "int8.onnx is not the model that m.int8.engine was built from, or was changed since" in capfd.readouterr().out
-    )
+    out = capfd.readouterr().out
+    assert "int8.onnx beside it was changed since: its SHA-256 is not the one in the sidecar" in out
+    assert "intended" not in out
 
 
 def test_a_trusted_engine_has_the_model_beside_it(engines: dict[str, Path]) -> None:

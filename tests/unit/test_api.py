@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trt_int8 import Calibration, Pipeline, benchmark, calibrate, compare, quantize
-from trt_int8.errors import ConfigError
+from trt_int8.errors import ConfigError, FileAccessError, UsageError
 
 BATCHES = [{"input": np.random.default_rng(2).normal(size=(4, 3, 8, 8)).astype(np.float32)}]
 
@@ -53,6 +53,60 @@ def test_unknown_words_elsewhere(tiny_model: Path) -> None:
         calibrate(tiny_model, BATCHES, tensors=wrong)
     with pytest.raises(ConfigError, match="execution is 'some'; expected 'exact' or 'native'"):
         benchmark([tiny_model], execution=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"transfers": True},
+            "--transfers does nothing here: only for TensorRT engines, and all models are ONNX files",
+        ),
+        ({"transfers": False}, "--no-transfers does"),
+        ({"cuda_graph": False, "trust": True}, "--no-cuda-graph and --trust do nothing here"),
+    ],
+)
+def test_options_for_engines_are_refused_for_onnx_files(
+    options: dict[str, Any], expected: str, tiny_model: Path
+) -> None:
+    """They would do nothing."""
+    with pytest.raises(UsageError, match=expected):
+        benchmark([tiny_model], rounds=5, budget_s=0.05, **options)
+
+
+def test_options_for_onnx_files_are_refused_for_engines(tmp_path: Path, tiny_model: Path) -> None:
+    """Before the engines are read, which are not there; of compare, --execution is about the candidates alone."""
+    engines = [tmp_path / "a.engine", tmp_path / "b.engine"]
+    with pytest.raises(UsageError, match="--execution and --threads do nothing here: only for ONNX files, and all"):
+        benchmark(engines, execution="exact", threads=2)
+    with pytest.raises(UsageError, match="--execution does nothing here"):
+        compare(tiny_model, engines, BATCHES, execution="exact")
+    with pytest.raises(UsageError, match="--trust does nothing here"):
+        compare(tiny_model, tiny_model, BATCHES, trust=True)
+
+
+def test_a_batch_size_that_a_model_overrides_is_noted(tmp_path: Path, graph_builder: Any) -> None:
+    """With random numbers; of data, opening them tells. The same size is no news."""
+    builder = graph_builder()
+    builder.input("x", (2, 3))
+    model = builder.save(tmp_path / "fixed.onnx", [builder.node("Relu", ["x"])])
+
+    result = benchmark(model, batch_size=5, rounds=5, budget_s=0.05)
+    assert result.batch_size == 2
+    assert result.notes == ("the models fix their batch: timed with 2 samples, not the 5 of --batch-size",)
+    assert benchmark(model, batch_size=2, rounds=5, budget_s=0.05).notes == ()
+
+
+def test_where_a_comparison_is_saved_is_looked_at_first(tmp_path: Path, tiny_model: Path) -> None:
+    """Neither models nor data are read: there are none."""
+    missing = tmp_path / "missing.onnx"
+    with pytest.raises(FileAccessError, match=r"tiny\.onnx' is not a folder\. Choose another place with --save"):
+        compare(missing, missing, "missing.npz", save_to=tiny_model)
+    recorded = tmp_path / "polygraphy" / "inputs.json"
+    recorded.parent.mkdir()
+    recorded.write_text("[]")
+    with pytest.raises(ConfigError, match=r"inputs\.json': it is read as well"):
+        compare(missing, missing, recorded, save_to=tmp_path)
 
 
 def test_pipeline_reads_its_configuration(tiny_model: Path, tmp_path: Path) -> None:

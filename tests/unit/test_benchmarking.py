@@ -181,6 +181,17 @@ def test_result_states_how_it_was_measured(world: World) -> None:
     assert "optimizations off" in exact["note"]
 
 
+def test_a_simulated_model_gets_no_verdict(world: World) -> None:
+    """Neither as a candidate nor as the reference; its figures are all there."""
+    fp32, int8 = world.runner("fp32", milliseconds(1)), world.runner("int8", milliseconds(2), simulated=True)
+
+    for runners in ((fp32, int8), (int8, fp32)):
+        second = world.time(*runners).to_json()["candidates"][1]
+        pair = f"{runners[1].name} against {runners[0].name}"
+        assert second["verdict"] == f"{pair}: no verdict, ONNX Runtime only simulates the INT8 of int8"
+        assert second["speedup"] == pytest.approx(0.5 if runners[1] is int8 else 2.0)
+
+
 def test_threads_are_recorded_where_the_runner_has_them(world: World) -> None:
     """A runner's thread count is stated; one without such a setting gives None."""
     one = world.runner("one", milliseconds(1))

@@ -14,10 +14,10 @@ def test_batches() -> None:
     assert parse_batch("1,8,32") == (1, 8, 32)
 
 
-@pytest.mark.parametrize("text", ["1,8", "1,8,32,64", "1,x,3", "", "1;8;32"])
+@pytest.mark.parametrize("text", ["1,8", "1,8,32,64", "1,x,3", "", "1;8;32", "8,4,1", "0,1,2"])
 def test_other_batches_are_a_usage_error(text: str) -> None:
-    """An example is given."""
-    with pytest.raises(UsageError, match=r"--batch 1,8,32"):
+    """What was given is quoted as it was, and an example is given."""
+    with pytest.raises(UsageError, match=rf"--batch is {text!r}; .*ascending: --batch 1,8,32"):
         parse_batch(text)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from trt_int8.console import benchmark_table, gpu_state
+from trt_int8.console import accuracy_table, benchmark_table, console, gpu_state, make_table, shared_notes
 
 
 def row(name: str, gpu: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -28,12 +29,17 @@ def engine(name: str, **figures: Any) -> dict[str, Any]:
 
 
 def result(*rows: dict[str, Any], timed: str = "gpu compute") -> dict[str, Any]:
-    return {"rounds": 20, "timed": timed, "candidates": list(rows)}
+    fed = {"batch_size": 8, "inputs": {"image": [8, 3, 224, 224], "scale": []}}
+    return {"rounds": 20, "timed": timed, "candidates": list(rows), **fed}
 
 
 def shown(data: dict[str, Any], width: int = 120) -> list[str]:
+    return lines_of(benchmark_table(data), width)
+
+
+def lines_of(table: Table, width: int = 120) -> list[str]:
     out = Console(file=io.StringIO(), width=width)
-    out.print(benchmark_table(data))
+    out.print(table)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue().splitlines()
 
@@ -73,8 +79,66 @@ def test_without_engines_the_table_has_no_gpu_columns() -> None:
 
 
 def test_simulated_rows_are_marked() -> None:
-    """On the line of the row itself."""
-    assert "(simulated)" in "\n".join(shown(result(engine("e") | {"simulated": True})))
+    """On the line of the row itself; where that is every row, in the title alone."""
+    some = shown(result(engine("a"), engine("b") | {"simulated": True}))
+    assert [line.split()[:2] for line in some if "(simulated)" in line] == [["b", "(simulated)"]]
+
+    title, *rows = shown(result(*(engine(name) | {"simulated": True} for name in "ab")))
+    assert title.startswith("Speed, compute on the GPU (simulated): ")
+    assert not any("simulated" in line for line in rows)
+
+
+def test_the_title_says_what_was_timed() -> None:
+    """Batch size and shapes, of a table with engines and of one without."""
+    for rows, start in (([engine("e")], "Speed, compute on the GPU: "), ([row("m.onnx")], "Speed: ")):
+        text = " ".join(" ".join(shown(result(*rows))).split())
+        assert text.startswith(f"{start}batch of 8, image 8x3x224x224, scale scalar, 20 interleaved rounds")
+
+
+def test_long_names_are_folded_and_nothing_is_wider_than_120_columns() -> None:
+    """Every letter of a name is there, so that two names never read the same; figures stay whole."""
+    names = [f"a/very/long/path/that/two/files/share/{end}.engine" for end in ("int8+fp16", "fp16")]
+    lines = shown(result(*(engine(name) for name in names)))
+
+    assert max(map(len, lines)) <= 120
+    letters = "".join(line[:30].split(" ")[1] for line in lines if line.startswith(" "))
+    assert all(name in letters for name in names)
+    assert sum("12345.6" in line for line in lines) == 2
+
+
+def test_output_into_a_pipe_is_120_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest's captured stdout is no terminal; a wider COLUMNS is heeded."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert console().width == 120
+    monkeypatch.setenv("COLUMNS", "200")
+    assert console().width == 200
+
+
+def test_cells_of_text_are_folded() -> None:
+    """Rich would end a long word with an ellipsis."""
+    assert "…" not in "".join(lines_of(make_table("", ["name", "n"], [["x" * 300, "1"]])))
+
+
+def test_a_note_is_printed_once() -> None:
+    """With the rows that it is about, unless all have it; rows without one are not named."""
+    same = result(row("a", note="n"), row("b", note="n"))
+    assert list(shared_notes(same)) == ["n"]
+    mixed = result(row("a", note=""), row("b", note="n"), row("c", note="m"), row("d", note="n"))
+    assert list(shared_notes(mixed)) == ["b, d: n", "c: m"]
+
+
+def test_identical_outputs_are_called_so() -> None:
+    """Their SQNR is infinite, which JSON has not."""
+    scores = {"samples": 4, "top1": None, "top5": None, "agreement": 100.0, "cosine": 1.0, "max_abs": 0.0}
+    rows = [
+        {"name": "a", **scores, "sqnr_db": None, "identical": True},
+        {"name": "b", **scores, "sqnr_db": 31.26, "identical": False},
+        {"name": "c", **scores, "sqnr_db": None, "identical": False},
+    ]
+    lines = lines_of(accuracy_table({"reference": "r", "reference_scores": {"samples": 4}, "candidates": rows}))
+
+    found = {line.split()[0]: line.split()[5] for line in lines if line.split()[:1] in (["a"], ["b"], ["c"])}
+    assert found == {"a": "identical", "b": "31.3", "c": "-"}
 
 
 def test_the_state_of_the_gpu_is_one_line() -> None:

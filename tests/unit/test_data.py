@@ -71,6 +71,14 @@ def test_arrays_that_are_no_input_are_noted_once(npz: Path, caplog: pytest.LogCa
     ]
 
 
+def test_labels_that_are_asked_for_are_not_noted(npz: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """That they are not fed is what their reader expects."""
+    caplog.set_level("INFO", "trt_int8")
+    list(open_data(npz, [X], label="label"))
+
+    assert not caplog.records
+
+
 def test_nan_is_counted_over_the_whole_stream() -> None:
     """A NaN in the second row of the third batch of two is in sample 5."""
     rows = ROWS.copy()

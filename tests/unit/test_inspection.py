@@ -5,19 +5,22 @@ The figures are made up.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from engines.sidecar import Environment
+from engines.runner import TensorSpec
+from engines.sidecar import Environment, Sidecar, write_sidecar
 from engines.trt_inspector import LayerTable, NodeRow, compare_tables
 from engines.trt_layers import EngineLayer
-from trt_int8.errors import ConfigError, EngineLoadError
+from trt_int8.errors import ConfigError, EngineLoadError, MissingDependencyError
 from trt_int8.inspection import Inspection, inspect
-from trt_int8.inspection_tables import inspection_lines, inspection_tables, shorten
+from trt_int8.inspection_tables import inspection_lines, inspection_tables, shorten, shorten_all
 
 REGION = "{ForeignNode[/a...//b]}"
 
@@ -70,9 +73,9 @@ def inspection(*, simulated: bool = False, against: LayerTable | None = None, ta
     ).to_json()
 
 
-def printed(result: Any) -> str:
+def printed(result: Any, width: int = 200) -> str:
     """All tables as text."""
-    out = Console(file=io.StringIO(), width=200)
+    out = Console(file=io.StringIO(), width=width)
     for table in inspection_tables(result):
         out.print(table)
     assert isinstance(out.file, io.StringIO)
@@ -136,10 +139,12 @@ def test_differences_are_of_layers_and_complete() -> None:
     text = printed(inspection(against=fp16_table())).partition("against m.fp16.engine")[2]
 
     assert line_of(text, "conv, relu")[2:] == ["int8", "fp16", "0.6000", "1.2000", "-0.6000"]
-    assert line_of(text, "attention")[1:] == ["?", "-", "0.1000", "0.0000", "+0.1000"]
+    assert line_of(text, "attention")[1:] == ["?", "-", "0.1000", "-", "+0.1000"]
     assert line_of(text, "fc")[1:] == ["fp32", "fp16", "0.2000", "0.2000", "+0.0000"]
-    assert line_of(text, "layers of no node")[-3:] == ["0.1000", "0.0000", "+0.1000"]
-    assert text.index("conv, relu") < text.index("attention") < text.index("fc")
+    assert line_of(text, "layers of no node")[-3:] == ["0.1000", "-", "+0.1000"]
+    assert line_of(text, "all layers")[-3:] == ["1.0000", "1.4000", "-0.4000"]
+    order = ["conv, relu", "attention", "layers of no node", "fc", "all layers"]
+    assert sorted(order, key=text.index) == order
 
 
 def test_without_a_model_the_layers_are_listed() -> None:
@@ -157,6 +162,68 @@ def test_long_names_lose_their_middle() -> None:
     assert shorten("abc", 3) == "abc"
     assert shorten("abcdefghij", 7) == "ab...ij"
     assert shorten("abcdefghijk", 8) == "abc...jk"
+
+
+def test_names_that_only_their_middle_tells_apart_are_left_whole() -> None:
+    """No two names of a table read the same."""
+    names = ["abcd1fghij", "abcd2fghij", "klmnopqrst"]
+    assert shorten_all(names, 7) == dict(zip(names, ["abcd1fghij", "abcd2fghij", "kl...st"], strict=True))
+
+
+def test_tables_fit_120_columns() -> None:
+    """Long names are folded, and the figures stay."""
+    node = "/backbone/stages.3/blocks.11/attention/projection"
+    plain, wide = "Row major linear FP32 format", "Thirty-two wide channel vectorized row major Int8 format"
+    copies = [
+        EngineLayer(f"{node}_{which}_output_0_QuantizeLinear", "Reformat", "int8", (), (plain,), (wide,), "", 0.5)
+        for which in ("query", "key")
+    ]
+    rows = tuple(NodeRow(f"{node}/{end}", "MatMul", "int8", f"{node}/{end}", "fp32", 0.1) for end in ("a", "b"))
+    layers = (*copies, layer(f"{node}/a", "k", "fp32", 0.1), layer(f"{node}/b", "k", "fp32", 0.1))
+    text = printed(inspection(table=LayerTable("m", rows, layers), against=fp16_table()), 120)
+
+    assert max(map(len, text.splitlines())) <= 120
+    assert "…" not in text
+    assert text.count("NOT AS INTENDED") == 2
+    assert text.count("0.5000") == 2
+
+
+def test_a_model_that_wants_no_int8_is_told_so() -> None:
+    """Not "0 of 0"."""
+    assert fp16_table().summary == "the model asks for INT8 nowhere; 0 reformat layers"
+
+
+def test_overlap_tells_another_model() -> None:
+    """Of the side that names fewer nodes: Q/DQ nodes in the engine alone and nodes taken away do not count."""
+
+    def table(nodes: str, found: str, *layers: str) -> LayerTable:
+        rows = tuple(NodeRow(node, "Relu", "fp32", node if node in found else None, "fp32", 0.1) for node in nodes)
+        return LayerTable("m", rows, tuple(EngineLayer(name, "k", "fp32", (name,), (), (), "") for name in layers))
+
+    assert table("abcd", "ab", "a", "b").overlap == 1.0
+    assert table("ab", "ab", "a", "b", "q", "dq").overlap == 1.0
+    assert table("abcd", "a", "a", "x", "y", "z").overlap == 0.25
+    assert table("ab", "", "x").overlap == 0.0
+    assert LayerTable("m", (), ()).overlap == 1.0
+
+
+def test_without_tensorrt_it_is_that_which_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the package for device memory, which is looked for after it."""
+
+    def opened() -> None:
+        raise AssertionError("the GPU was opened first")
+
+    spec = TensorSpec("x", np.dtype(np.float32), (1, 3))
+    plan = tmp_path / "m.engine"
+    plan.write_bytes(b"plan")
+    sidecar = Sidecar(
+        4, hashlib.sha256(b"plan").hexdigest(), Environment("10.16", "GPU", "9.0", "13.0", None), "fp32",
+        (spec,), (spec,), (), "m.onnx", "0", None, {}, 1.0, (),
+    )  # fmt: skip
+    write_sidecar(plan, sidecar)
+    monkeypatch.setattr("trt_int8.inspection.open_device", opened)
+    with pytest.raises(MissingDependencyError, match="tensorrt"):
+        inspect(plan)
 
 
 def test_files_are_looked_at_before_tensorrt(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from engines.onnxrt import (
     OnnxRuntimeRunner,
     check_feeds,
     execution_of,
+    load_header,
     make_session,
     shape_fits,
     tensor_specs,
@@ -79,6 +80,8 @@ class TestRunner:
         """The constructor says so, not the first inference."""
         (tmp_path / "m.onnx").write_bytes(b"\x00" * 99)
 
+        with pytest.raises(FileAccessError, match="is a folder; expected an ONNX file"):
+            load_header(tmp_path)
         with pytest.raises(FileAccessError, match="there is no file"):
             OnnxRuntimeRunner(tmp_path / "nothing.onnx")
         with pytest.raises(ModelError, match="is not an ONNX model: 99 bytes that"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trt_int8.errors import ConfigError, FileAccessError
-from trt_int8.outputs import check_output
+from trt_int8.outputs import check_output, check_outputs
 
 
 def test_new_file_in_a_new_folder_is_fine(tmp_path: Path) -> None:
@@ -56,3 +56,27 @@ def test_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(FileAccessError, match=rf"'{tmp_path}' cannot be written to"):
         check_output(tmp_path / "deep" / "calibration.npz")
+
+
+def test_the_option_that_is_to_be_changed_is_named(tmp_path: Path) -> None:
+    """The one that named the output: --output unless another did."""
+    (tmp_path / "data.npz").touch()
+    for output, sources in (
+        (tmp_path / "data.npz", [tmp_path / "data.npz"]),
+        (tmp_path / "new.cache", [tmp_path]),
+        (tmp_path, []),
+        (tmp_path / "data.npz" / "x", []),
+    ):
+        for option in ("--output", "--cache"):
+            with pytest.raises((ConfigError, FileAccessError), match=f" with {option}\\.$"):
+                check_output(output, *sources, option=option)
+
+
+def test_files_of_one_command_are_different_ones(tmp_path: Path) -> None:
+    """However they are spelt; each is checked like any output."""
+    check_outputs([(tmp_path / "a", "--output"), (tmp_path / "b", "--cache")])
+    with pytest.raises(ConfigError, match=r"twice: --output and --cache both name it.* with --cache\."):
+        check_outputs([(tmp_path / "a", "--output"), (tmp_path / "x" / ".." / "a", "--cache")])
+    (tmp_path / "a").touch()
+    with pytest.raises(ConfigError, match=r"is read as well.* with --cache\."):
+        check_outputs([(tmp_path / "b", "--output"), (tmp_path / "a", "--cache")], tmp_path / "a")

@@ -38,7 +38,7 @@ def test_a_batch_profile_varies_the_first_axis() -> None:
 @pytest.mark.parametrize("spec", [TEXT, TensorSpec("any", FLOAT, None)])
 def test_batch_sizes_do_not_tell_other_axes(spec: TensorSpec) -> None:
     """A second dynamic axis is named."""
-    with pytest.raises(EngineBuildError, match=f"input {spec.name}: .*further dynamic axes"):
+    with pytest.raises(EngineBuildError, match=f"input '{spec.name}': .*further dynamic axes"):
         batch_profile([spec], 1, 2, 4)
 
 
@@ -55,6 +55,34 @@ def test_a_profile_of_what_was_seen() -> None:
 
     assert seen_profile([TEXT, FIXED], seen) == {"text": ShapeRange((1, 10), (4, 10), (4, 12))}
     assert seen_profile([FIXED], {}) == {}
+
+
+def test_every_axis_that_is_named_like_the_batch_shrinks_with_it() -> None:
+    """A state that has the batch in its second axis, or an axis named so twice, is of the same samples."""
+    inputs = [
+        TensorSpec("input", FLOAT, ("batch", "sequence")),
+        TensorSpec("state", FLOAT, (2, "batch", 128)),
+        TensorSpec("pairs", FLOAT, ("batch", "batch", "other")),
+        TensorSpec("nameless", FLOAT, (2, None)),
+    ]
+    seen = {"input": {(2, 576): 3}, "state": {(2, 2, 128): 3}, "pairs": {(2, 2, 2): 3}, "nameless": {(2, 2): 3}}
+    profile = seen_profile(inputs, seen)
+
+    assert {name: bounds.minimum for name, bounds in profile.items()} == {
+        "input": (1, 576),
+        "state": (2, 1, 128),
+        "pairs": (1, 1, 2),
+        "nameless": (2, 2),
+    }
+    assert {bounds.maximum for bounds in profile.values()} == {(2, 576), (2, 2, 128), (2, 2, 2), (2, 2)}
+
+
+def test_an_unnamed_batch_says_nothing_of_other_unnamed_axes() -> None:
+    """Two axes without a name are not the same one; a first axis without a name is the batch."""
+    inputs = [TensorSpec("input", FLOAT, (None, None)), TensorSpec("state", FLOAT, (2, None, 4))]
+    profile = seen_profile(inputs, {"input": {(3, 5): 1}, "state": {(2, 3, 4): 1}})
+
+    assert (profile["input"].minimum, profile["state"].minimum) == ((1, 5), (2, 3, 4))
 
 
 def test_the_batch_axis_is_known_by_its_symbol() -> None:
@@ -81,7 +109,7 @@ def test_the_batch_axis_is_known_by_its_symbol() -> None:
 @pytest.mark.parametrize(
     ("seen", "problem"),
     [
-        ({}, "they hold none of its shapes for input text: float32"),
+        ({}, "they hold none of its shapes for input 'text': float32"),
         ({"image": {(1, 3, 8, 8): 1}}, "none of its shapes"),
         ({"text": {(1, 2): 1, (1, 2, 3): 1}}, r"other numbers of axes \(\(1, 2\), \(1, 2, 3\)\)"),
     ],
@@ -104,8 +132,8 @@ def test_profiles_that_fit_pass() -> None:
 @pytest.mark.parametrize(
     ("profile", "problem"),
     [
-        ({}, r"input text: float32 \(batch, length\) has a dynamic axis and no optimization profile"),
-        ({"texts": ShapeRange((1, 1), (1, 1), (1, 1))}, "no optimization profile"),
+        ({}, r"input 'text': float32 \(batch, length\) has a dynamic axis and no optimization profile"),
+        ({"texts": ShapeRange((1, 1), (1, 1), (1, 1))}, "'texts', which is no input"),
         (
             {"text": ShapeRange((1, 1), (1, 1), (1, 1)), "texts": ShapeRange((1,), (1,), (1,))},
             "'texts', which is no input",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engines.sidecar import (
     Environment,
     Provenance,
     Sidecar,
+    build_command,
     check_environment,
     read_plan,
     read_sidecar,
@@ -147,7 +149,7 @@ def test_another_environment_is_refused(built: dict[str, str], options: dict[str
 
     with pytest.raises(EngineLoadError, match=problem) as caught:
         check_environment("m.engine", other, HERE)
-    assert "trt-int8 build model.int8.onnx --precision int8" in str(caught.value)
+    assert str(caught.value).endswith(f" Build it here: {build_command('m.engine', other, HERE)}")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,33 @@ def test_an_environment_that_fits_passes(built: dict[str, str], options: dict[st
     other = sidecar(environment=dataclasses.replace(HERE, **built), options=sidecar().options | options)
 
     check_environment("m.engine", other, HERE)
+
+
+def test_the_command_that_builds_it_again(tmp_path: Path) -> None:
+    """The model beside the plan, else its name; the profile; what the plan was compatible with; another folder."""
+    plan = tmp_path / "of mine" / "m.engine"
+    plan.parent.mkdir()
+    other = sidecar(options={"hardware_compatibility": "ampere_plus", "version_compatible": True})
+    rest = ["--precision", "int8", "--shape", "x=1x3x8,2x3x8,4x3x16"]
+    rebuilt = ["--output", str(plan.parent / "rebuilt")]
+
+    assert shlex.split(build_command(plan, sidecar(), HERE)) == [
+        "trt-int8", "build", "model.int8.onnx", *rest, *rebuilt
+    ]  # fmt: skip
+    (plan.parent / "model.int8.onnx").touch()
+    assert shlex.split(build_command(plan, other, HERE)) == [
+        *("trt-int8", "build", str(plan.parent / "model.int8.onnx"), *rest),
+        *("--hardware-compatibility", "ampere_plus", "--version-compatible", *rebuilt),
+    ]
+    assert shlex.split(build_command(plan, sidecar(profiles=()), HERE))[5:] == rebuilt
+
+
+@pytest.mark.parametrize(("release", "way"), [("10.3.0", "--implicit --data DATA"), ("11.4.0", "--calibration FILE")])
+def test_scales_of_a_calibrator_are_asked_for_again(release: str, way: str) -> None:
+    """The model beside such a plan is an FP32 model; from TensorRT 11 on there are no calibrators."""
+    here = dataclasses.replace(HERE, tensorrt=release)
+
+    assert f"--precision int8 {way} --shape" in build_command("m.engine", sidecar(options={"implicit": True}), here)
 
 
 def test_a_plan_for_ampere_is_refused_on_turing() -> None:

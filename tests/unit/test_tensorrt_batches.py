@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrators.errors import EmptyCalibrationSetError
 from calibrators.tensorrt_batches import ShortBatch, device_batches
 
 
@@ -64,3 +66,14 @@ def test_every_batch_is_full_and_made_of_real_samples(sizes: list[int], short_ba
     assert [set(batch["x"]) for batch in found] == [set(batch.feeds["x"]) for batch in kept]
     assert all(batch["x"].shape == (5,) for batch in found)
     assert bool(told) == any(size < 5 for size in sizes)
+
+
+def test_what_was_dropped_can_be_kept() -> None:
+    """The option that pads is named, where batches were dropped and where nothing else was left."""
+    full, short = Feeds({"x": np.zeros((4, 1))}, 4), Feeds({"x": np.zeros((3, 1))}, 3)
+    _, told = fitted([full, short], ["x"], 4, "drop")
+    assert told == [
+        "Batches with fewer than 4 samples were dropped: 1, with 3 samples. Keep them with --short-batch pad."
+    ]
+    with pytest.raises(EmptyCalibrationSetError, match=r"none of the 1 batches held 4 samples.*--short-batch pad"):
+        fitted([short], ["x"], 4, "drop")
