@@ -343,10 +343,10 @@ class TestOpsets:
 class TestBadFiles:
     """One error that says what is wrong with the file."""
 
-    @pytest.mark.parametrize("missing", ["nothing.onnx", "."])
-    def test_a_missing_file_or_a_folder(self, missing: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("missing", "found"), [("nothing.onnx", "there is no file"), (".", "is a folder")])
+    def test_a_missing_file_or_a_folder(self, missing: str, found: str, tmp_path: Path) -> None:
         """There is no file to read."""
-        with pytest.raises(FileAccessError, match="there is no file"):
+        with pytest.raises(FileAccessError, match=found):
             prepare(tmp_path / missing)
 
     @pytest.mark.parametrize("share", [0.0, 0.2, 0.999])
