@@ -23,12 +23,17 @@ import numpy as np
 
 from calibrators.errors import CacheFormatError, CalibrationError
 from calibrators.files import read_bytes, write_bytes
+from calibrators.foreign_tables import kind_of
 
 ENTROPY_2 = "EntropyCalibration2"
 MINMAX = "MinMaxCalibration"
 
 _HEADER = re.compile(r"TRT-([0-9]+)-([A-Za-z0-9_]+)")
 _HEX = re.compile(r"[0-9A-Fa-f]{1,8}")
+
+_TEN = 10
+_OLD_MAJOR, _NEW_MAJOR = 1000, 10000
+"""What the major version counts in a header: before TensorRT 10, and since."""
 
 
 def header_version(version: str) -> int:
@@ -41,9 +46,20 @@ def header_version(version: str) -> int:
     if match is None:
         raise CalibrationError(f"Cannot read TensorRT version {version!r}: expected one like '10.16.1'.")
     major, minor, patch = (int(part) for part in match.groups())
-    if major < 10:
-        return major * 1000 + minor * 100 + patch
-    return major * 10000 + minor * 100 + patch
+    return major * (_OLD_MAJOR if major < _TEN else _NEW_MAJOR) + minor * 100 + patch
+
+
+def release_of(version: int) -> str:
+    """Return the TensorRT release that a cache's header names: "10.16.1" for 101601, "8.6.1" for 8601."""
+    base = _OLD_MAJOR if version < _TEN * _OLD_MAJOR else _NEW_MAJOR
+    return f"{version // base}.{version % base // 100}.{version % 100}"
+
+
+def why_unusable(scale: float) -> str:
+    """Say what is wrong with a scale: "zero", "negative" or "not finite"; empty for one above zero."""
+    if not math.isfinite(scale):
+        return "not finite"
+    return "zero" if scale == 0 else "negative" if scale < 0 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +99,7 @@ class TensorRTCache:
     @property
     def unusable(self) -> tuple[str, ...]:
         """Names of the tensors whose scale is not a finite number above zero."""
-        return tuple(name for name, scale in self.scales.items() if not 0 < scale < math.inf)
+        return tuple(name for name, scale in self.scales.items() if why_unusable(scale))
 
     def to_bytes(self) -> bytes:
         """Return the file's content, as TensorRT writes it."""
@@ -103,7 +119,7 @@ class TensorRTCache:
         match = _HEADER.fullmatch(header)
         if match is None:
             raise CacheFormatError(
-                f"This is not a TensorRT calibration cache: found {_kind(data)}; "
+                f"This is not a TensorRT calibration cache: found {kind_of(data)}; "
                 f"expected a first line like 'TRT-101601-{ENTROPY_2}'."
             )
         scales: dict[str, float] = {}
@@ -146,7 +162,7 @@ class TensorRTCache:
 
 def foreign_content(data: bytes) -> str | None:
     """Say what a file's content is that is not a calibration cache, judged by its first line; None for a cache."""
-    return None if _HEADER.fullmatch(_lines(data)[0]) else _kind(data)
+    return None if _HEADER.fullmatch(_lines(data)[0]) else kind_of(data)
 
 
 def _lines(data: bytes) -> list[str]:
@@ -155,26 +171,6 @@ def _lines(data: bytes) -> list[str]:
     except UnicodeDecodeError:
         text = ""
     return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
-
-
-def _kind(data: bytes) -> str:
-    """Say what a file is that is not a TensorRT cache."""
-    start = data.lstrip()[:200]
-    if not start:
-        return "an empty file"
-    if data.startswith(b"PK\x03\x04"):
-        return "a .npz archive, perhaps trt-int8's own calibration"
-    if b"\0" in data:
-        return "a binary file, perhaps ONNX Runtime's calibration.flatbuffers"
-    if start[:1] in (b"{", b"["):
-        return "JSON, perhaps ONNX Runtime's calibration.json"
-    if re.match(rb"\S+ [-+0-9.eE]+\s", start):
-        return "ONNX Runtime's calibration table, which holds ranges and not scales"
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return "text that is not UTF-8"
-    return f"a file that starts with {start.splitlines()[0][:40]!r}"
 
 
 def _is_writable(name: str) -> bool:

@@ -11,7 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calibrators.errors import CacheFormatError, CalibrationError, FileAccessError
-from calibrators.tensorrt_cache import ENTROPY_2, MINMAX, TensorRTCache, header_version
+from calibrators.tensorrt_cache import (
+    ENTROPY_2,
+    MINMAX,
+    TensorRTCache,
+    header_version,
+    release_of,
+    why_unusable,
+)
 
 SAMPLE = (
     b"TRT-101601-EntropyCalibration2\n"
@@ -102,13 +109,43 @@ def test_unusable_scales_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("release", "number"),
+    [("5.1.5", 5105), ("7.2.3", 7203), ("8.6.1", 8601), ("9.3.0", 9300), ("10.3.0", 100300), ("10.16.1", 101601)],
+)
+def test_release_of_a_header(release: str, number: int) -> None:
+    """A header's number is the release and the release its number, before TensorRT 10 and since."""
+    assert header_version(release) == number
+    assert release_of(number) == release
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [(1e-40, ""), (0.0, "zero"), (-0.0, "zero"), (-1.0, "negative"), (float("inf"), "not finite"),
+     (float("-inf"), "not finite"), (float("nan"), "not finite")],
+)  # fmt: skip
+def test_why_a_scale_is_unusable(scale: float, reason: str) -> None:
+    """What is wrong with a scale is said; nothing where it is above zero and finite."""
+    assert why_unusable(scale) == reason
+
+
+@pytest.mark.parametrize(
     ("content", "kind"),
     [
         (b"", "an empty file"),
         (b"\n\n", "an empty file"),
         (b"data 2.640000104904175\nresnet_fwd 2.2047784328460693\n", "ONNX Runtime's calibration table"),
         (b"data -1e-05\n", "ONNX Runtime's calibration table"),
-        (b'{"data": [-2.1, 2.6]}', "JSON"),
+        (b'{"data": [-2.1, 2.6]}', "ONNX Runtime's calibration.json"),
+        (b'{"CLS": "TensorsData", "data": {}}', "ONNX Runtime's calibration.json"),
+        (b'{"activation_encodings": {}, "version": "0.6.1"}', "AIMET's quantization encodings"),
+        (b'{"quantization": {"quant_algo": "INT8"}}', "JSON of another quantization tool, perhaps ModelOpt"),
+        (b"[1, 2]", "JSON, perhaps another tool's calibration"),
+        (b'{"data": [-2.1', "damaged JSON"),
+        (b"conv1_param_0 12.3 4.56 7\nconv1 33.1\n", "ncnn's calibration table"),
+        (b"# histogram number: 2048\n# op_name    threshold    min    max\nx 1 0 1\n", "a calibration table of Sophgo"),
+        (b"PK\x03\x04" + b"\0" * 26 + b"archive/data.pkl", "a PyTorch checkpoint"),
+        (b"\x80\x04\x95\x05\x00", "a Python pickle"),
+        (b"ftrt\x00\x00\x01\x02", "a TensorRT engine"),
         (b"\x0c\x00\x00\x00\x00\x00\x06\x00\x08\x00", "a binary file"),
         (b"PK\x03\x04\x14\x00", "a .npz archive"),
         (b"TRT-8400-MinMaxCalibration\n\xe4: 3c010a14\n", "text that is not UTF-8"),
