@@ -3,6 +3,11 @@
 `trt_int8.errors` draws the whole tree.
 """
 
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
 
 class TrtInt8Error(Exception):
     """Something the user can act on: what could not be done, what was found, what was expected, the next step.
@@ -33,6 +38,10 @@ class NonFiniteActivationError(CalibrationError):
         self.tensor = tensor
         self.batch = batch
         self.node = node
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes with its attributes; an exception's own way knows no keyword arguments."""
+        return partial(type(self), tensor=self.tensor, batch=self.batch, node=self.node), self.args
 
 
 class CacheFormatError(CalibrationError):

@@ -13,6 +13,7 @@ EXTRAS = {
     "pycuda": "pycuda",
     "cuda": "cuda",
     "pynvml": "tensorrt11 (or tensorrt10)",
+    "ray": "ray",
 }
 """The extra that brings a package, by the name that it is imported under."""
 
@@ -49,7 +50,9 @@ def require(module: str, purpose: str) -> Any:
 
 def _unusable(package: str, purpose: str, error: Exception) -> MissingDependencyError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    advice = "It needs an NVIDIA driver and the libraries of its own release; `trt-int8 doctor` shows what is there."
+    if package == "ray":
+        advice = "Install it anew with `pip install --force-reinstall 'trt-int8[ray]'`."
     return MissingDependencyError(
-        f"Cannot {purpose}: the package {package!r} is installed but cannot be loaded: {reason}. "
-        "It needs an NVIDIA driver and the libraries of its own release; `trt-int8 doctor` shows what is there."
+        f"Cannot {purpose}: the package {package!r} is installed but cannot be loaded: {reason}. {advice}"
     )

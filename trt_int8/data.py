@@ -10,13 +10,17 @@ DATA is one of
 - in Python also a mapping of arrays, or any iterable of batches: a list, a generator, a DataLoader.
 
 Every batch is checked against the model's inputs before it is handed out, and nothing is held longer than one batch.
+Batches that come from files are read, checked and hashed in a thread, one ahead of the batch that is used; code of the
+user's own runs in the thread that asks for its batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from trt_int8.entry_points import split_entry_point
 from trt_int8.errors import ConfigError, DataError, FileAccessError, UsageError
 from trt_int8.feeds import Feeds, conform, fixed_batch
 from trt_int8.images import Preprocessing, find_images, image_stream
+from trt_int8.read_ahead import one_ahead
 from trt_int8.streams import BatchStream, DataOptions
 
 _log = logging.getLogger(__name__)
@@ -68,6 +73,7 @@ class BatchSource:
         batch_size: samples per batch but for the last, None where the data decide.
         rewindable: whether it can be iterated more than once; a generator cannot.
         preprocessing: what is done to the files' contents, as text for a fingerprint; empty where nothing is.
+        waited_s: seconds that whoever iterates has waited for batches, over all passes.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class BatchSource:
         self.batch_size = stream.batch_size
         self.rewindable = stream.rewindable
         self.preprocessing = stream.preprocessing
+        self.waited_s = 0.0
         self._stream = stream
         self._data_id = data_id
         self._label = label
@@ -132,6 +139,21 @@ class BatchSource:
         return self._pass()
 
     def _pass(self) -> Iterator[DataBatch]:
+        checked = self._checked()
+        rolling_hash = ""
+        with closing(one_ahead(checked) if self._stream.threadable else checked) as batches:
+            while True:
+                started = time.perf_counter()
+                batch = next(batches, None)
+                self.waited_s += time.perf_counter() - started
+                if batch is None:
+                    break
+                yield batch
+                rolling_hash = batch.rolling_hash
+        self._finish(rolling_hash)
+
+    def _checked(self) -> Generator[DataBatch]:
+        """Read a pass and check and hash its batches; may run in a thread of its own."""
         fixed = fixed_batch(self.inputs)
         rolling = hashlib.blake2b(digest_size=32)
         first_sample = 0
@@ -159,7 +181,6 @@ class BatchSource:
             yield batch
         if index < 0:
             raise DataError(f"Cannot use {self.description}: it gave no batches. Give at least one sample.")
-        self._finish(rolling.hexdigest())
 
     def _finish(self, rolling_hash: str) -> None:
         if self._rolling_hash not in (None, rolling_hash):

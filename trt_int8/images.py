@@ -2,14 +2,15 @@
 
 Resize, centre crop, scale to 0..1 and normalize follow torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize`
 step by step, on Pillow as there, so that a model sees in calibration what it saw in training. Like torchvision's
-`ImageFolder`, the EXIF orientation is not applied. Images are decoded batch by batch.
+`ImageFolder`, the EXIF orientation is not applied. Images are decoded in threads ahead of the model, a bounded number
+of them, and come in the order of the files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -19,6 +20,7 @@ from pydantic import Field, model_validator
 from calibrators.protocols import Array
 from trt_int8.errors import ConfigError, DataError
 from trt_int8.feeds import describe
+from trt_int8.read_ahead import map_ahead
 from trt_int8.settings import Number, PositiveInt, Section
 from trt_int8.streams import BatchStream, DataOptions, RawBatch, hash_files
 
@@ -163,10 +165,12 @@ def image_stream(folder: Path, images: Sequence[LabelledImage], options: DataOpt
     starts = range(0, len(chosen), size)
 
     def read() -> Iterator[RawBatch]:
+        _load_plugins()
+        decoded = map_ahead(lambda image: preprocessing.apply(decode(image.file)), chosen)
         for index, start in enumerate(starts):
             part = chosen[start : start + size]
             where = f"batch {index} of {str(folder)!r}"
-            arrays = {name: _stack(part, preprocessing, where)}
+            arrays = {name: _stack(part, list(islice(decoded, len(part))), where)}
             labels = [image.label for image in part if image.label is not None]
             if labels:
                 arrays[options.label] = np.array(labels, np.int64)
@@ -179,6 +183,7 @@ def image_stream(folder: Path, images: Sequence[LabelledImage], options: DataOpt
         batch_size=size,
         hash_files=lambda: hash_files([image.file for image in chosen]),
         preprocessing=preprocessing.fingerprint(),
+        threadable=True,
     )
 
 
@@ -190,8 +195,18 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _stack(images: Sequence[LabelledImage], preprocessing: Preprocessing, where: str) -> Array:
-    arrays = [preprocessing.apply(decode(image.file)) for image in images]
+def _load_plugins() -> None:
+    """Load Pillow's plugins before threads open images.
+
+    Left to itself Pillow loads the rarer ones when no other takes a file. A thread that comes to that point just after
+    another one has loaded them is told that there is nothing more to load, and gives its image up.
+    """
+    from PIL import Image
+
+    Image.init()
+
+
+def _stack(images: Sequence[LabelledImage], arrays: Sequence[Array], where: str) -> Array:
     for image, array in zip(images, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise DataError(

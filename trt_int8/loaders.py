@@ -40,6 +40,7 @@ def batch_folder(folder: Path, files: Sequence[Path], options: DataOptions) -> B
         read=read,
         batches=len(chosen),
         hash_files=lambda: hash_files(chosen),
+        threadable=True,
     )
 
 

@@ -69,6 +69,8 @@ class BatchStream:
         rewindable: whether a second pass is possible.
         hash_files: gives the SHA-256 over the files that a pass reads; None for data that do not come from files alone.
         preprocessing: what is done to the files' contents, as text; empty where they are fed as they are.
+        threadable: whether a pass may run in another thread than the one that uses its batches: it reads files, and
+            runs no code of the user's, which may count on the thread that called it.
     """
 
     description: str
@@ -78,6 +80,7 @@ class BatchStream:
     rewindable: bool = True
     hash_files: Callable[[], str] | None = None
     preprocessing: str = ""
+    threadable: bool = False
 
 
 def hash_files(files: Sequence[Path]) -> str:

@@ -45,7 +45,7 @@ class Column:
 def npz_table(file: Path, options: DataOptions) -> BatchStream:
     """Cut the arrays of an `.npz` file into batches."""
     stream = _table(_npz_columns(file), repr(str(file)), options)
-    return replace(stream, hash_files=lambda: hash_files([file]))
+    return replace(stream, hash_files=lambda: hash_files([file]), threadable=True)
 
 
 def array_table(arrays: Mapping[str, Any], options: DataOptions) -> BatchStream:

@@ -17,7 +17,7 @@ def test_gives_the_module() -> None:
     assert require("math", "count") is math
 
 
-@pytest.mark.parametrize("module", ["tensorrt", "pycuda.driver", "cuda.bindings.driver", "pynvml"])
+@pytest.mark.parametrize("module", ["tensorrt", "pycuda.driver", "cuda.bindings.driver", "pynvml", "ray"])
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     """The message says what cannot be done and what to install."""
     package = module.partition(".")[0]
