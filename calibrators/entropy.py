@@ -37,6 +37,9 @@ from calibrators.histogram import MagnitudeHistogram
 LEVELS = 128
 """Levels that the magnitudes are merged into, as in the paper."""
 
+_ROUNDING = 1e-9
+"""More than the rounding of a divergence, in nats: sums over the whole histogram are subtracted from each other."""
+
 
 def entropy_amax(histogram: MagnitudeHistogram) -> float:
     """Return the threshold with the least loss of information.
@@ -48,9 +51,21 @@ def entropy_amax(histogram: MagnitudeHistogram) -> float:
     linear = histogram.linear()
     if not linear.counts.size:
         return 0.0
-    divergences = kl_divergences(linear.counts)
-    kept = LEVELS + int(np.argmin(divergences)) if divergences.size else linear.counts.size
+    kept = least_divergent(linear.counts) if linear.counts.size >= LEVELS else linear.counts.size
     return (kept + 0.5) * linear.width
+
+
+def least_divergent(counts: NDArray[np.int64]) -> int:
+    """Return the smallest number of bins whose candidate has the least divergence.
+
+    The same as evaluating all of them. Going down from the widest range, most candidates are ruled out by a bound that
+    takes no level: merging cells of two distributions never makes them more different, and with all levels but the last
+    in one cell, P and Q have two cells each.
+
+    Args:
+        counts: int64, shape (N,) with N >= 128, of a linear histogram; the last is not 0.
+    """
+    return int(_least(*_prefix_sums(counts)))
 
 
 def kl_divergences(counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -63,8 +78,15 @@ def kl_divergences(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         float64, shape (max(N - 127, 0),), in nats: entry k is KL(P || Q) for 128 + k bins. The last, which keeps all
         bins, is finite.
     """
+    return _divergences(*_prefix_sums(counts))
+
+
+def _prefix_sums(
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return the counts, and the sums of counts, of non-empty bins and of count * log(count) below each bin."""
     logs = np.log(counts, out=np.zeros(counts.size), where=counts > 0)
-    return _divergences(counts, _sums_below(counts), _sums_below(counts > 0), _sums_below(counts * logs))
+    return counts, _sums_below(counts), _sums_below(counts > 0), _sums_below(counts * logs)
 
 
 def _sums_below(terms: NDArray[Any]) -> NDArray[Any]:
@@ -79,7 +101,48 @@ def _divergences(
     filled_below: NDArray[np.int64],
     entropy_below: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Evaluate all candidates in O(N * 128).
+    """Evaluate all candidates in O(N * 128)."""
+    divergences = np.empty(max(counts.size - LEVELS + 1, 0))
+    for candidate in range(divergences.size):
+        divergences[candidate] = _divergence(LEVELS + candidate, counts, mass_below, filled_below, entropy_below)
+    return divergences
+
+
+@njit
+def _least(
+    counts: NDArray[np.int64],
+    mass_below: NDArray[np.int64],
+    filled_below: NDArray[np.int64],
+    entropy_below: NDArray[np.float64],
+) -> int:
+    """Return the size of the best candidate, of equal ones the smallest."""
+    total = mass_below[-1]
+    best = counts.size
+    least = np.inf
+    for size in range(counts.size, LEVELS - 1, -1):
+        kept = mass_below[size]
+        saturated = total - kept
+        in_last_level = kept - mass_below[((LEVELS - 1) * size + LEVELS - 1) // LEVELS]
+        if saturated > 0 and in_last_level > 0:
+            last = in_last_level + saturated
+            bound = math.log(kept / total) + last / total * math.log(last / in_last_level)
+            if bound > least + _ROUNDING:
+                continue
+        divergence = _divergence(size, counts, mass_below, filled_below, entropy_below)
+        if divergence <= least:
+            best, least = size, divergence
+    return best
+
+
+@njit
+def _divergence(
+    size: int,
+    counts: NDArray[np.int64],
+    mass_below: NDArray[np.int64],
+    filled_below: NDArray[np.int64],
+    entropy_below: NDArray[np.float64],
+) -> float:
+    """Evaluate the candidate that keeps `size` bins, in O(128).
 
     With P and Q not normalised, sum(P) = all counts and sum(Q) = the counts kept, so
 
@@ -89,34 +152,31 @@ def _divergences(
     non-empty bins of a level.
 
     Args:
+        size: number of bins.
         counts: (N,).
         mass_below: (N + 1,), sums of the counts.
         filled_below: (N + 1,), numbers of non-empty bins.
         entropy_below: (N + 1,), sums of count * log(count).
     """
     total = mass_below[-1]
-    divergences = np.full(max(counts.size - LEVELS + 1, 0), np.inf)
-    for candidate in range(divergences.size):
-        size = LEVELS + candidate
-        kept = mass_below[size]
-        saturated = total - kept
-        last = counts[size - 1]
-        if last == 0 and saturated > 0:
-            continue
-        p_log_p = entropy_below[size - 1]
-        if last > 0:
-            p_log_p += (last + saturated) * math.log(last + saturated)
-        p_log_q = 0.0
-        log_q = 0.0
-        start = 0
-        for level in range(1, LEVELS + 1):
-            stop = (level * size + LEVELS - 1) // LEVELS
-            mass = mass_below[stop] - mass_below[start]
-            if mass > 0:
-                log_q = math.log(mass / (filled_below[stop] - filled_below[start]))
-                p_log_q += mass * log_q
-            start = stop
-        # Saturated values share the last bin, which is not empty: log_q is that of its level.
-        p_log_q += saturated * log_q
-        divergences[candidate] = (p_log_p - p_log_q) / total + math.log(kept / total)
-    return divergences
+    kept = mass_below[size]
+    saturated = total - kept
+    last = counts[size - 1]
+    if last == 0 and saturated > 0:
+        return math.inf
+    p_log_p = entropy_below[size - 1]
+    if last > 0:
+        p_log_p += (last + saturated) * math.log(last + saturated)
+    p_log_q = 0.0
+    log_q = 0.0
+    start = 0
+    for level in range(1, LEVELS + 1):
+        stop = (level * size + LEVELS - 1) // LEVELS
+        mass = mass_below[stop] - mass_below[start]
+        if mass > 0:
+            log_q = math.log(mass / (filled_below[stop] - filled_below[start]))
+            p_log_q += mass * log_q
+        start = stop
+    # Saturated values share the last bin, which is not empty: log_q is that of its level.
+    p_log_q += saturated * log_q
+    return float((p_log_p - p_log_q) / total + math.log(kept / total))

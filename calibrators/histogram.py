@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrators.compiled import njit
+
 MANTISSA_BITS = 10
 BINS_PER_OCTAVE = 1 << MANTISSA_BITS
 SHIFT = 23 - MANTISSA_BITS
@@ -106,10 +108,7 @@ class MagnitudeHistogram:
 
     def merge(self, other: MagnitudeHistogram) -> MagnitudeHistogram:
         """Return the histogram of both sets of values; exact, commutative and associative."""
-        bins = np.union1d(self.bins, other.bins)
-        counts = np.zeros(bins.size, dtype=np.int64)
-        for part in (self, other):
-            counts[np.searchsorted(bins, part.bins)] += part.counts
+        bins, counts = _merged(self.bins, self.counts, other.bins, other.counts)
         filled = [part for part in (self, other) if part.bins.size]
         return MagnitudeHistogram(
             bins=bins,
@@ -145,6 +144,36 @@ class MagnitudeHistogram:
         top = int(octaves[-1]) if self.bins.size else 1
         counts = np.zeros(2 * BINS_PER_OCTAVE, dtype=np.int64)
         # A shift by 11 leaves nothing of a significand; shifts by more than an integer's width are undefined.
-        np.add.at(counts, significands >> np.minimum(top - octaves, MANTISSA_BITS + 1), self.nonzero_counts())
+        _add_at(counts, significands >> np.minimum(top - octaves, MANTISSA_BITS + 1), self.nonzero_counts())
         size = int(np.max(np.flatnonzero(counts), initial=-1)) + 1
         return LinearHistogram(counts=counts[:size], width=2.0 ** (top - _EXPONENT_BIAS - MANTISSA_BITS))
+
+
+@njit
+def _add_at(sums: NDArray[np.int64], indices: NDArray[np.integer[Any]], terms: NDArray[np.int64]) -> None:
+    """Add each term to the sum of its index; numpy's own `add.at` is twenty times slower."""
+    for i in range(indices.size):
+        sums[indices[i]] += terms[i]
+
+
+@njit
+def _merged(
+    bins: NDArray[np.int32], counts: NDArray[np.int64], other_bins: NDArray[np.int32], other_counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return the bins of both sides, ascending, and the sums of their counts."""
+    merged_bins = np.empty(bins.size + other_bins.size, dtype=np.int32)
+    merged_counts = np.empty(merged_bins.size, dtype=np.int64)
+    i = j = size = 0
+    while i < bins.size or j < other_bins.size:
+        mine = j == other_bins.size or (i < bins.size and bins[i] <= other_bins[j])
+        theirs = i == bins.size or (j < other_bins.size and other_bins[j] <= bins[i])
+        merged_bins[size] = bins[i] if mine else other_bins[j]
+        merged_counts[size] = 0
+        if mine:
+            merged_counts[size] += counts[i]
+            i += 1
+        if theirs:
+            merged_counts[size] += other_counts[j]
+            j += 1
+        size += 1
+    return merged_bins[:size].copy(), merged_counts[:size].copy()

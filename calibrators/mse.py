@@ -113,18 +113,13 @@ class _Tail:
         resolved = histogram.bins >= first_bin
         counts[histogram.bins[resolved] - first_bin] = values[resolved]
 
-        # E grows by the integral of the number of values above, V by that of 2 E, both from the top down. All terms are
-        # positive, so that nothing cancels.
-        above = _sums_above(counts)
-        excess = _sums_above(widths * (above + counts / 2))
-        saturation = _sums_above(widths * (2 * excess + widths * (above + counts / 3)))
+        above, density, excess, saturation = _sums_from_the_top(counts, widths)
         return cls(
             first_bin=first_bin,
             lowest_threshold=0 if first_bin == 0 else (_RESOLVED_OCTAVES - _SEARCHED_OCTAVES) * BINS_PER_OCTAVE,
             edges=all_edges[1:],
             above=above,
-            # The last bin has no width where the largest magnitude is its lower edge; nothing in it exceeds anything.
-            density=np.divide(counts, widths, out=np.zeros(counts.size), where=widths > 0),
+            density=density,
             excess=excess,
             saturation=saturation,
             second_moment=float(np.sum(values * (lower * lower + lower * upper + upper * upper))) / 3,
@@ -137,11 +132,35 @@ class _Tail:
         return np.maximum(self.second_moment - 2 / LEVELS * thresholds * sums, 0.0)
 
 
-def _sums_above(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return for each bin the sum of the terms of all higher bins."""
-    sums = np.zeros(terms.size)
-    np.cumsum(terms[:0:-1], out=sums[-2::-1])
-    return sums
+@njit
+def _sums_from_the_top(
+    counts: NDArray[np.float64], widths: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return for each bin the number of values above, the density, and E and V at its upper edge.
+
+    E grows by the integral of the number of values above, V by that of 2 E, both from the top down. All terms are
+    positive, so that nothing cancels.
+
+    Args:
+        counts: (bins,), number of values.
+        widths: (bins,); the last has none where the largest magnitude is its lower edge, and nothing in it exceeds
+            anything.
+    """
+    above = np.empty(counts.size)
+    density = np.empty(counts.size)
+    excess = np.empty(counts.size)
+    saturation = np.empty(counts.size)
+    values_above, e, v = 0.0, 0.0, 0.0
+    for k in range(counts.size - 1, -1, -1):
+        count, width = counts[k], widths[k]
+        above[k] = values_above
+        density[k] = count / width if width > 0 else 0.0
+        excess[k] = e
+        saturation[k] = v
+        v += width * (2 * e + width * (values_above + count / 3))
+        e += width * (values_above + count / 2)
+        values_above += count
+    return above, density, excess, saturation
 
 
 @njit

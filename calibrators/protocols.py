@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,8 @@ class Activations:
     Attributes:
         batch: index of the batch, counted from 0.
         samples: number of real samples in it; rows that padded it are already cut away from `values`.
-        values: tensor name to activation, any shape, any floating dtype. Valid until the next batch is asked for.
+        values: tensor name to its values, in any order and shape, any floating dtype. Valid until the next batch is
+            asked for.
         input_shapes: model input to the shape that was fed, rows that pad a batch included.
     """
 
@@ -70,8 +71,40 @@ class ActivationSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ConcurrentSource(Protocol):
+    """Runs a model on several batches at a time, in threads of the caller's."""
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Names of the tensors that every batch delivers, in graph order."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Number of batches that are best run at a time."""
+        ...
+
+    def batches(self) -> Iterator[CalibrationBatch]:
+        """Read the stream once; from one thread only."""
+        ...
+
+    def run(self, index: int, batch: CalibrationBatch) -> Activations:
+        """Run the model on a batch; what it gives does not depend on other runs, nor on their number.
+
+        Args:
+            index: of the batch in the stream, counted from 0.
+            batch: the batch.
+        """
+        ...
+
+    def producer(self, tensor: str) -> str:
+        """Name the node that produces `tensor`, or say that it is a model input; for messages."""
+        ...
+
+
 class CalibrationBatch(Protocol):
-    """One batch of calibration data."""
+    """One batch of calibration data. Its arrays stay as they are when further batches are read."""
 
     @property
     def feeds(self) -> Mapping[str, Array]:

@@ -147,8 +147,17 @@ def make_session(
     *,
     execution: Execution,
     threads: int | None = None,
+    optimized_model: Path | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session on the CPU.
+
+    Args:
+        model: a file, or a serialised model.
+        execution: see `OnnxRuntimeRunner`.
+        threads: threads inside an operator; None takes ONNX Runtime's default.
+        optimized_model: where the graph is written as ONNX Runtime optimises it; None for nowhere.
+        settings: further entries of the session's configuration.
 
     Raises:
         ModelError: ONNX Runtime refuses the model.
@@ -161,6 +170,10 @@ def make_session(
     # Idle worker threads would spin for tens of milliseconds after a run, and slow down whatever runs next: another
     # session of a benchmark, the counting of a calibration.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
+    if optimized_model is not None:
+        options.optimized_model_filepath = os.fspath(optimized_model)
     if threads is not None:
         options.intra_op_num_threads = threads
     if execution == "exact":

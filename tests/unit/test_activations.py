@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto
 
+from calibrators.collector import collect
 from calibrators.errors import CalibrationError
+from engines import blocked
 from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
-from engines.errors import InferenceError
+from engines.errors import InferenceError, ModelError
 from engines.graph import PreparedModel, prepare
 from engines.placement_cpu import place_for_cpu
 from engines.placement_tensorrt import place_for_tensorrt
@@ -29,8 +33,10 @@ class Batch:
     samples: int
 
 
-def delivered(prepared: PreparedModel, tensors: list[str], *batches: Batch) -> list[dict[str, Any]]:
-    source = OnnxRuntimeActivations(prepared, tensors, batches)
+def delivered(
+    prepared: PreparedModel, tensors: list[str], *batches: Batch, blocked: bool = False
+) -> list[dict[str, Any]]:
+    source = OnnxRuntimeActivations(prepared, tensors, batches, blocked=blocked)
     assert source.tensors == tensors
     return [dict(batch.values) for batch in source.activations()]
 
@@ -109,7 +115,7 @@ class TestValues:
                 made.append(size)
                 yield Batch({"x": IMAGES[:size]}, size)
 
-        source = OnnxRuntimeActivations(residual, ["trunk"], stream())
+        source = OnnxRuntimeActivations(residual, ["trunk"], stream(), blocked=False)
         running = source.activations()
         assert made == []
         first = next(running)
@@ -152,6 +158,160 @@ class TestValues:
 
         assert source.producer("x") == "model input"
         assert source.producer("trunk") == "node 'n_trunk'"
+
+
+class TestBlocks:
+    """Tensors in ONNX Runtime's own layout hold the same values, in another order."""
+
+    @pytest.fixture
+    def mixed(self, graph_builder: Any, tmp_path: Path) -> PreparedModel:
+        """Convolutions with channels that fill blocks of 8 and 16, and that do not; sigmoids are always positive."""
+        graph = graph_builder()
+        x = graph.conv(graph.input("x", (2, 3, 9, 7)), (3, 16), "even")
+        for name, channels in [("eight", (16, 24)), ("twelve", (24, 12)), ("odd", (12, 37)), ("five", (37, 5))]:
+            x = graph.node("Sigmoid", [graph.conv(x, channels, name)], f"{name}_positive")
+        graph.gemm(graph.node("Flatten", [x]), (5 * 63, 3), "y")
+        return prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+
+    def batches(self, samples: int = 2) -> list[Batch]:
+        return [Batch({"x": RNG.normal(size=(2, 3, 9, 7)).astype(np.float32)}, samples) for _ in range(3)]
+
+    @pytest.mark.parametrize("samples", [2, 1])
+    def test_the_layout_changes_no_value(self, samples: int, mixed: PreparedModel) -> None:
+        """Bit for bit, batch by batch; what fills up blocks and batches is left out, with and without blocks."""
+        names, batches = tensors_to_calibrate(mixed, "all"), self.batches(samples)
+        source = OnnxRuntimeActivations(mixed, names, batches)
+        plain = delivered(mixed, names, *batches)
+
+        assert {name for name in names if name in source._blocked} >= {"even", "eight", "twelve", "odd"}
+        for found, expected in zip(source.activations(), plain, strict=True):
+            for name in names:
+                np.testing.assert_array_equal(
+                    np.sort(found.values[name], axis=None), np.sort(expected[name], axis=None), err_msg=name
+                )
+
+    def test_what_fills_up_a_block_is_no_zero_of_the_tensor(self, mixed: PreparedModel) -> None:
+        """A sigmoid is never 0: neither its smallest value nor its zeros come from the padding."""
+        names = [name for name in tensors_to_calibrate(mixed, "all") if name.endswith("positive")]
+        histograms = collect(OnnxRuntimeActivations(mixed, names, self.batches())).histograms
+
+        assert {histogram.zeros for histogram in histograms.values()} == {0}
+        assert min(histogram.minimum for histogram in histograms.values()) > 0
+
+    @pytest.mark.parametrize("block", [4, 8, 16])
+    @pytest.mark.parametrize("channels", [1, 8, 12, 16, 37])
+    def test_blocks_of_every_size(self, block: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Processors differ in the size; the layout is built here by hand, with a padding that would be noticed."""
+        monkeypatch.setattr(blocked, "channels_per_block", lambda: block)
+        values = RNG.normal(size=(2, channels, 3, 5)).astype(np.float32)
+        filled = -(-channels // block) * block
+        padded = np.full((2, filled, 3, 5), 7e7, np.float32)
+        padded[:, :channels] = values
+        laid_out = padded.reshape(2, filled // block, block, 3, 5).transpose(0, 1, 3, 4, 2).reshape(2, filled, 3, 5)
+
+        real = blocked.real_values(np.ascontiguousarray(laid_out), channels)
+
+        assert len(real) == 2
+        for sample in range(2):
+            np.testing.assert_array_equal(np.sort(real[sample], axis=None), np.sort(values[sample], axis=None))
+
+    def test_nothing_is_filled_up_where_nothing_is_missing(self) -> None:
+        """The memory is that of ONNX Runtime; no copy is made."""
+        values = np.ones((1, 8, 2, 2), np.float32)
+
+        assert blocked.real_values(values, 8) is values
+
+    def test_this_runtime_tells_its_block(self) -> None:
+        """4 on Arm, 8 or 16 on x86."""
+        assert blocked.channels_per_block() in (4, 8, 16)
+
+    @pytest.mark.parametrize("trouble", ["optimised graph", "size of a block", "disk"])
+    def test_any_doubt_leads_to_the_plain_way(
+        self, trouble: str, mixed: PreparedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Values come in ONNX's layout then."""
+
+        def fails(*arguments: Any, **options: Any) -> Any:
+            raise {"optimised graph": ModelError("no"), "disk": OSError("full")}[trouble]
+
+        if trouble == "size of a block":
+            monkeypatch.setattr(blocked, "channels_per_block", lambda: None)
+        else:
+            monkeypatch.setattr(blocked, "_optimised", fails)
+        source = OnnxRuntimeActivations(mixed, ["odd"], self.batches())
+
+        assert next(source.activations()).values["odd"].shape == (2, 37, 9, 7)
+
+    def test_a_reordering_of_another_form_is_left_alone(self) -> None:
+        """Attributes that are not known might mean another order."""
+        known = onnx.helper.make_node("ReorderOutput", ["a"], ["b"], domain="com.microsoft.nchwc", channels=24)
+        last = onnx.helper.make_node(
+            "ReorderOutput", ["a"], ["b"], domain="com.microsoft.nchwc", channels=24, channels_last=1
+        )
+        newer = onnx.helper.make_node("ReorderOutput", ["a"], ["b"], domain="com.microsoft.nchwc", channels=24, group=2)
+        other = onnx.helper.make_node("ReorderOutput", ["a"], ["b"], channels=24)
+
+        assert [blocked._reordered_channels(node) for node in (known, last, newer, other)] == [24, None, None, None]
+
+    def test_a_part_of_the_exposed_tensors_has_the_bits_of_all(self, residual: PreparedModel) -> None:
+        """Passes over some tensors each give what one pass over all of them gives: nothing else is fused."""
+        names, batch = tensors_to_calibrate(residual, "all"), Batch({"x": IMAGES}, 4)
+        (whole,) = (dict(found.values) for found in OnnxRuntimeActivations(residual, names, [batch]).activations())
+
+        for part in (names[1::2], names[::2]):
+            source = OnnxRuntimeActivations(residual, part, [batch], exposed=names)
+            (found,) = source.activations()
+            assert list(found.values) == part
+            assert {value.name for value in source._session.get_outputs()} <= {
+                source._outputs[name] for name in part if name != "x"
+            }
+            for name in part:
+                np.testing.assert_array_equal(
+                    np.sort(found.values[name], axis=None), np.sort(whole[name], axis=None), err_msg=name
+                )
+
+
+class TestWorkers:
+    """Several batches are run at a time."""
+
+    @settings(max_examples=12)
+    @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=7), workers=st.integers(1, 4), layout=st.booleans())
+    def test_histograms_do_not_depend_on_workers_or_layout(
+        self, sizes: list[int], workers: int, layout: bool, module_tiny_model: Path
+    ) -> None:
+        """Whoever runs which batch: the counts are those that numpy finds in the activations of a run of each."""
+        prepared = prepare(module_tiny_model)
+        names = tensors_to_calibrate(prepared, "all")
+        images = np.random.default_rng(len(sizes)).normal(size=(4, 3, 8, 8)).astype(np.float32)
+        batches = [Batch({"input": images[:size]}, size) for size in sizes]
+        one_by_one = delivered(prepared, names, *batches)
+
+        found = collect(OnnxRuntimeActivations(prepared, names, batches, threads=workers, blocked=layout))
+
+        assert (found.batches, found.samples) == (len(sizes), sum(sizes))
+        for name, histogram in found.histograms.items():
+            values = np.concatenate([batch[name].reshape(-1) for batch in one_by_one])
+            bins, counts = np.unique(values.view(np.uint32) << 1 >> 14, return_counts=True)
+            np.testing.assert_array_equal(histogram.bins, bins)
+            np.testing.assert_array_equal(histogram.counts, counts)
+            assert (histogram.minimum, histogram.maximum) == (values.min(), values.max())
+            assert histogram.zeros == np.count_nonzero(values == 0)
+
+    def test_a_batch_that_fails_is_named(self, tiny_model: Path) -> None:
+        """Also when later ones are being run."""
+        batches = [Batch({"input": np.zeros((1, 3, 8, 8 if index < 5 else 7), np.float32)}, 1) for index in range(9)]
+        prepared = prepare(tiny_model)
+
+        with pytest.raises(InferenceError, match="batch 5: input 'input' has shape"):
+            collect(OnnxRuntimeActivations(prepared, ["relu"], batches, threads=3))
+
+    def test_the_number_of_workers(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As many as the user says, else as there are cores, up to 8."""
+        prepared = prepare(tiny_model)
+        for cores, expected in [(1, 1), (6, 6), (64, 8)]:
+            monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+            assert OnnxRuntimeActivations(prepared, ["relu"], []).workers == expected
+        assert OnnxRuntimeActivations(prepared, ["relu"], [], threads=12).workers == 12
 
 
 class TestPadding:

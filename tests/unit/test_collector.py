@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from calibrators.collector import collect
+from calibrators.collector import ActivationStatistics, collect
 from calibrators.counter import histogram_of
 from calibrators.errors import CalibrationError, EmptyCalibrationSetError, NonFiniteActivationError
 from calibrators.protocols import Activations
@@ -123,3 +129,169 @@ def test_tensors_that_are_not_floats_are_refused(dtype: type[np.generic]) -> Non
 def test_every_float_dtype_is_taken(dtype: type[np.generic]) -> None:
     """Half, single and double precision."""
     assert collect(Replay(("x",), [{"x": np.full(2, 0.5, dtype=dtype)}])).histograms["x"].amax == 0.5
+
+
+class Shared:
+    """A `ConcurrentSource` over given batches. `gate`, where given, is called in each run with the batch's index."""
+
+    def __init__(
+        self,
+        batches: Iterable[np.ndarray],
+        workers: int,
+        gate: Callable[[int], object] = lambda index: None,
+    ) -> None:
+        self.tensors = ("x",)
+        self.workers = workers
+        self.read: list[int] = []
+        self.readers: set[int] = set()
+        self.done: list[int] = []
+        self._batches = batches
+        self._gate = gate
+
+    def batches(self) -> Iterator[Batch]:
+        for index, values in enumerate(self._batches):
+            self.readers.add(threading.get_ident())
+            self.read.append(index)
+            yield Batch({"in": values}, len(values))
+
+    def run(self, index: int, batch: Batch) -> Activations:
+        self._gate(index)
+        self.done.append(index)
+        return Activations(index, batch.samples, {"x": batch.feeds["in"]}, {"in": batch.feeds["in"].shape})
+
+    def producer(self, tensor: str) -> str:
+        return f"node {tensor}_node"
+
+
+@dataclass
+class Batch:
+    feeds: Mapping[str, np.ndarray]
+    samples: int
+
+
+class TestWorkers:
+    """Several batches at a time, with the result of one after the other."""
+
+    @settings(max_examples=25)
+    @given(
+        batches=st.lists(
+            hnp.arrays(
+                np.float32,
+                st.integers(1, 40),
+                elements=st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True),
+            ),
+            min_size=1,
+            max_size=12,
+        ),
+        workers=st.integers(1, 5),
+    )
+    def test_counts_are_those_of_numpy_over_all_batches(self, batches: list[np.ndarray], workers: int) -> None:
+        """However the batches are dealt to the workers, whatever their sizes."""
+        statistics = collect(Shared(batches, workers))
+
+        values = np.concatenate(batches)
+        bins, counts = np.unique(np.abs(values).view(np.uint32) >> 13, return_counts=True)
+        histogram = statistics.histograms["x"]
+        np.testing.assert_array_equal(histogram.bins, bins)
+        np.testing.assert_array_equal(histogram.counts, counts)
+        assert (histogram.minimum, histogram.maximum) == (values.min(), values.max())
+        assert (histogram.zeros, histogram.nonfinite) == (np.count_nonzero(values == 0), 0)
+        assert (statistics.batches, statistics.samples) == (len(batches), values.size)
+        assert sum(statistics.input_shapes["in"].values()) == len(batches)
+
+    def test_as_many_batches_at_a_time_as_there_are_workers(self) -> None:
+        """Three runs wait for each other: with fewer threads none would go on."""
+        together = threading.Barrier(3, timeout=20)
+
+        assert collect(Shared([np.ones(1)] * 6, 3, lambda index: together.wait())).batches == 6
+
+    def test_the_data_are_read_in_one_thread_and_not_far_ahead(self) -> None:
+        """It is the caller's, and memory holds two batches for each worker besides the one that is taken up next."""
+        source = Shared([np.ones(1)] * 30, 2)
+        seen: list[int] = []
+
+        def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+            for item in items:
+                seen.append(item.batch)
+                assert len(source.read) <= len(seen) + 2 * source.workers
+                yield item
+
+        collect(source, track=track)
+
+        assert seen == list(range(30))
+        assert source.readers == {threading.get_ident()}
+
+    @pytest.mark.parametrize("workers", [1, 2, 4])
+    def test_a_review_sees_exactly_the_batches_before_it(self, workers: int) -> None:
+        """Nothing of a later batch is counted, nor has it been read."""
+        source = Shared((np.full(2, index + 1.0) for index in range(20)), workers)
+        seen: list[tuple[int, float, int, int]] = []
+
+        def review(statistics: ActivationStatistics) -> bool:
+            histogram = statistics.histograms["x"]
+            seen.append((statistics.batches, histogram.maximum, histogram.count, len(source.read)))
+            return statistics.batches == 12
+
+        statistics = collect(source, interval=lambda count: count in (1, 5, 12, 15), review=review)
+
+        assert seen == [(1, 1.0, 2, 1), (5, 5.0, 10, 5), (12, 12.0, 24, 12)]
+        assert (statistics.batches, statistics.histograms["x"].count, source.read[-1]) == (12, 24, 11)
+
+    def test_the_first_wrong_batch_is_reported(self) -> None:
+        """Although a later one is found out before it."""
+        found = threading.Event()
+
+        def gate(index: int) -> None:
+            if index == 3:
+                assert found.wait(20)
+            if index == 4:
+                found.set()
+
+        batches = [np.array([np.nan if index in (3, 4) else 1.0]) for index in range(10)]
+
+        with pytest.raises(NonFiniteActivationError, match="batch 3"):
+            collect(Shared(batches, 2, gate))
+
+    def test_an_error_of_the_data_comes_after_those_of_batches_before(self) -> None:
+        """As if one batch were run after the other; where those are fine it passes through unchanged."""
+
+        def batches(bad: float) -> Iterator[np.ndarray]:
+            yield np.ones(1)
+            yield np.array([bad])
+            raise RuntimeError("the loader's own")
+
+        with pytest.raises(NonFiniteActivationError, match="batch 1"):
+            collect(Shared(batches(np.inf), 2))
+        with pytest.raises(RuntimeError, match="the loader's own"):
+            collect(Shared(batches(2.0), 2))
+
+    @pytest.mark.parametrize("interrupted", [KeyboardInterrupt, SystemExit])
+    def test_an_interrupt_ends_the_pass(self, interrupted: type[BaseException]) -> None:
+        """No thread is left behind, and what waits is not begun."""
+
+        def batches() -> Iterator[np.ndarray]:
+            yield from [np.ones(1)] * 3
+            raise interrupted
+
+        before = threading.active_count()
+        with pytest.raises(interrupted):
+            collect(Shared(batches(), 2))
+        assert threading.active_count() == before
+
+    def test_stopping_the_progress_stops_the_workers(self) -> None:
+        """An error in the caller's tracker leaves no thread behind."""
+
+        def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+            for item in items:
+                yield item
+                raise ValueError("the terminal is gone")
+
+        before = threading.active_count()
+        with pytest.raises(ValueError, match="terminal"):
+            collect(Shared([np.ones(1)] * 50, 2), track=track)
+        assert threading.active_count() == before
+
+    def test_no_sample(self) -> None:
+        """Without a batch there is nothing to calibrate on."""
+        with pytest.raises(EmptyCalibrationSetError, match="no sample in 0 batches"):
+            collect(Shared([], 2))

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
 
 from calibrators import compiled
-from calibrators.compiled import njit
+from calibrators.compiled import njit, prefetch
 
 
 def test_runs_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +40,18 @@ def test_divides_as_numpy_does() -> None:
         return a / b
 
     assert divide(1.0, 0.0) == float("inf")
+
+
+def test_prefetching_changes_nothing() -> None:
+    """Neither in the array nor far beyond its end, where nothing is mapped; and the instruction is there."""
+
+    @njit
+    def total(values: Any) -> float:
+        found = 0.0
+        for i in range(values.size):
+            prefetch(values, i + 2**40)
+            found += values[i]
+        return found
+
+    assert total(np.arange(5.0)) == 10.0
+    assert "llvm.prefetch" in next(iter(total.inspect_llvm().values()))  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from calibrators import counter
 from calibrators.counter import MagnitudeCounter, histogram_of
 
-BLOCK = 4096
+BLOCK = 1024
 
 
 def assert_counts(values: np.ndarray) -> None:
@@ -162,3 +162,39 @@ def test_a_histogram_is_a_snapshot() -> None:
     growing.update(np.array([1.0, 2.0]))
 
     assert (first.count, growing.histogram().count) == (1, 3)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 7, 1023, 1024, 1025, 70_000]), st.integers(-149, 120)), max_size=5),
+    st.integers(0, 2**32 - 1),
+)
+def test_counts_across_octaves(parts: list[tuple[int, int]], seed: int) -> None:
+    """Ranges that rise and fall by any number of octaves, from update to update and within one: nothing is lost."""
+    rng = np.random.default_rng(seed)
+    arrays = [(rng.normal(size=size) * 2.0**exponent).astype(np.float32) for size, exponent in parts]
+    for array in arrays:
+        array[rng.random(array.size) < 0.3] = 0
+
+    assert_counts(np.concatenate([np.zeros(1, np.float32), *arrays]))
+    values = np.concatenate([np.zeros(0, np.float32), *arrays])
+    bins, counts = np.unique(np.abs(values).view(np.uint32) >> 13, return_counts=True)
+    apart = histogram_of(*arrays)
+    np.testing.assert_array_equal(apart.bins, bins)
+    np.testing.assert_array_equal(apart.counts, counts)
+    assert apart.minimum == values.min(initial=np.inf) if values.size else apart.minimum == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 3e-42, 3.4e38])
+def test_a_long_run_of_one_value(value: float) -> None:
+    """More of them than a place of the window can hold."""
+    values = np.full(200_000, value, np.float32)
+
+    assert histogram_of(values).counts.tolist() == [200_000]
+    assert histogram_of(np.append(values, np.float32(2.0))).count == 200_001
+
+
+def test_values_that_no_window_holds() -> None:
+    """Twenty octaves are a window; here every octave of float32 has values, in any order."""
+    exponents = np.random.default_rng(5).permutation(np.repeat(np.arange(-140, 128), 300))
+
+    assert_counts(np.ldexp(np.float32(1.3), exponents).astype(np.float32))

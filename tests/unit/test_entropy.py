@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrators.counter import histogram_of
-from calibrators.entropy import entropy_amax, kl_divergences
+from calibrators.entropy import entropy_amax, kl_divergences, least_divergent
 
 LEVELS = 128
 
@@ -36,7 +36,10 @@ def assert_divergences_are_direct(counts: np.ndarray) -> None:
     expected = [direct_divergence(counts, kept) for kept in range(LEVELS, counts.size + 1)]
 
     # Sums over the whole histogram are subtracted from each other: the rounding is relative to them, not to the result.
-    np.testing.assert_allclose(kl_divergences(counts), expected, rtol=1e-9, atol=1e-12)
+    divergences = kl_divergences(counts)
+    np.testing.assert_allclose(divergences, expected, rtol=1e-9, atol=1e-12)
+    # Ruling candidates out by a bound must not rule out the winner, nor a smaller one that equals it.
+    assert least_divergent(counts) == LEVELS + np.argmin(divergences)
 
 
 def test_divergence_by_hand() -> None:

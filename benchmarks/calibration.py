@@ -1,0 +1,193 @@
+"""What calibration costs, as a ratio to plain inference of the same batches, and whether its memory stays flat.
+
+    python benchmarks/calibration.py [--models resnet50 mobilenetv2 bert] [--rounds 5] [--threads 2]
+
+Plain inference is ONNX Runtime on the FP32 model as exported, nothing collected, in two arrangements: one session of
+all threads, and one worker of one thread for each. The faster one is 1.0. Rounds are interleaved: on a shared machine
+only figures of the same minute can be compared. Set-up (preparing the graph, making sessions) is listed and not in the
+ratios. CPU time counts what the process used, other jobs on the machine left out; the table gives both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import calibration_models
+import onnxruntime
+
+from calibrators.calibration import SEARCHES, Calibration, Fingerprint
+from calibrators.collector import ActivationStatistics, collect
+from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.graph import prepare
+from engines.onnxrt import make_session
+from engines.placement_tensorrt import place_for_tensorrt
+from trt_int8.machine import read_machine
+
+BATCHES = {"resnet50": 24, "mobilenetv2": 200, "bert": 60}
+"""Batches of a round, which takes about two seconds."""
+
+MEMORY_BATCHES = (50, 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One sample, as the collector takes it."""
+
+    feeds: dict[str, Any]
+    samples: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that one round of a variant took."""
+
+    wall: float
+    cpu: float
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=calibration_models.MODELS, choices=calibration_models.MODELS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cpu = read_machine().cpu
+        print(
+            f"{cpu.model}, {cpu.cores_usable} of {cpu.cores_logical} cores, {', '.join(cpu.features)}; "
+            f"ONNX Runtime {onnxruntime.__version__}, {options.threads} threads\n"
+        )
+        print("| model | variant | wall ms/batch | ratio (lowest to highest) | CPU ratio |\n|---|---|---|---|---|")
+        notes = [measure(name, Path(folder), options.rounds, options.threads) for name in options.models]
+        print("\n" + "\n".join(notes))
+        peaks = [peak_memory(Path(folder), batches) for batches in MEMORY_BATCHES]
+    change = 100 * (peaks[1] / peaks[0] - 1)
+    print(
+        f"\nPeak memory of a small model: {peaks[0]:.1f} MiB with {MEMORY_BATCHES[0]} batches, {peaks[1]:.1f} MiB with "
+        f"{MEMORY_BATCHES[1]} ({change:+.1f} %)"
+    )
+
+
+def measure(name: str, folder: Path, rounds: int, threads: int) -> str:
+    """Print the rows of one model; return a line on its set-up and its threshold searches."""
+    file = folder / f"{name}.onnx"
+    calibration_models.build(name, file)
+    data = [Batch(feeds) for feeds in calibration_models.batches(name, BATCHES[name])]
+    started = time.perf_counter()
+    prepared = prepare(file)
+    preparing = time.perf_counter() - started
+    whole = make_session(file, execution="native", threads=threads)
+    single = make_session(file, execution="native", threads=1)
+    tensors = tensors_to_calibrate(prepared)
+    placed = set(place_for_tensorrt(prepared.ir()).tensors)
+    started = time.perf_counter()
+    both = OnnxRuntimeActivations(prepared, tensors, data, threads=threads)
+    opening = time.perf_counter() - started
+    fewer = [tensor for tensor in tensors if tensor in placed]
+    one = OnnxRuntimeActivations(prepared, fewer, data, threads=threads)
+
+    def plain() -> None:
+        for batch in data:
+            whole.run(None, batch.feeds)
+
+    variants: dict[str, Callable[[], object]] = {
+        f"plain, 1 x {threads} threads": plain,
+        f"plain, {threads} x 1 thread": lambda: run_in_threads(single, data, threads),
+        f"calibrate, {len(tensors)} tensors": lambda: collect(both),
+        f"calibrate, {len(fewer)} tensors of TensorRT's placement": lambda: collect(one),
+    }
+    times: dict[str, list[Times]] = {variant: [] for variant in variants}
+    for run in variants.values():
+        run()
+    for number in range(rounds):
+        order = list(variants.items())
+        for variant, run in order if number % 2 == 0 else reversed(order):
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            times[variant].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
+    base = min(list(times)[:2], key=lambda variant: statistics.median(found.wall for found in times[variant]))
+    for variant, found in times.items():
+        pairs = list(zip(found, times[base], strict=True))
+        ratios = [mine.wall / plain_time.wall for mine, plain_time in pairs]
+        cpu = statistics.median(mine.cpu / plain_time.cpu for mine, plain_time in pairs)
+        wall = 1e3 * statistics.median(mine.wall for mine in found) / len(data)
+        print(
+            f"| {name} | {variant} | {wall:.1f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {cpu:.2f} |",
+            flush=True,
+        )
+    return f"{name}: graph prepared in {preparing:.1f} s, sessions in {opening:.1f} s; {searches(collect(both))}"
+
+
+def run_in_threads(session: onnxruntime.InferenceSession, data: Sequence[Batch], threads: int) -> None:
+    """Run the model on all batches, several at a time."""
+    batches, lock = iter(data), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            session.run(None, batch.feeds)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def searches(found: ActivationStatistics) -> str:
+    """Say how long each threshold search takes over all tensors."""
+    fingerprint = Fingerprint("", "", ("",), "", "", found.batches, found.samples)
+    parts, total = [], 0.0
+    for method in SEARCHES:
+        best = float("inf")
+        for _ in range(4):
+            calibration = Calibration(found.histograms, fingerprint)
+            started = time.perf_counter()
+            calibration.amax(method)
+            best = min(best, time.perf_counter() - started)
+        total += best
+        parts.append(f"{method} {1e3 * best / len(calibration.tensors):.2f}")
+    return f"searches: {', '.join(parts)} ms a tensor, {1e3 * total:.0f} ms for all methods and tensors"
+
+
+_CALIBRATION = """
+import pathlib, re, sys
+import numpy as np
+from trt_int8 import calibrate
+
+random = np.random.default_rng(0)
+calibrate(sys.argv[1], (
+    {"image": random.normal(size=(1, 3, 64, 64)).astype(np.float32)} for _ in range(int(sys.argv[2]))
+), threads=2)
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def peak_memory(folder: Path, batches: int) -> float:
+    """Calibrate a small model in a process of its own and return the peak of its memory, in MiB.
+
+    The peak that `getrusage` tells is that of the parent process where this had a larger one.
+    """
+    file = folder / "small.onnx"
+    calibration_models.build("small", file)
+    command = [sys.executable, "-c", _CALIBRATION, str(file), str(batches)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
+
+
+if __name__ == "__main__":
+    main()
