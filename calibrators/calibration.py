@@ -8,14 +8,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
+from calibrators.convergence import History, history_from_json, history_to_json
 from calibrators.entropy import entropy_amax
 from calibrators.errors import CacheFormatError, CalibrationError
 from calibrators.histogram import MagnitudeHistogram
 from calibrators.histogram_file import load_histograms, save_histograms
+from calibrators.input_statistics import Inputs, InputStatistics, ValueStatistics, merge_inputs
 from calibrators.mse import mse_amax
 from calibrators.numerics import scale_from_amax
 from calibrators.percentile import check_percentile, percentile_amax
@@ -29,6 +32,9 @@ DEFAULT_PERCENTILE = 99.99
 
 InputShapes = Mapping[str, Mapping[tuple[int, ...], int]]
 """Model input to the shapes that were fed, each with its number of batches."""
+
+Settings = Mapping[str, str | int | bool | None]
+"""What a pass was told, beside the model and the data, that its result depends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +94,19 @@ class Calibration:
         calibration.scales("percentile", percentile=99.999)
     """
 
-    __slots__ = ("_fingerprint", "_histograms", "_input_shapes", "_thresholds")
+    __slots__ = (
+        "_convergence", "_fingerprint", "_histograms", "_input_shapes", "_input_statistics", "_settings", "_thresholds",
+    )  # fmt: skip
 
     def __init__(
         self,
         histograms: Mapping[str, MagnitudeHistogram],
         fingerprint: Fingerprint,
         input_shapes: InputShapes | None = None,
+        *,
+        input_statistics: Inputs | None = None,
+        convergence: History | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """Take the histograms of all tensors, in graph order.
 
@@ -103,6 +115,9 @@ class Calibration:
             fingerprint: the model and the data that they were made from.
             input_shapes: model input to the shapes that were fed, each with its number of batches; None where they were
                 not kept.
+            input_statistics: model input to mean, deviation and range of what was fed; None where they were not kept.
+            convergence: how the scales of all tensors moved during the pass; None where that was not kept.
+            settings: what the pass was told; None where it is not known, or where it was more than one pass.
 
         Raises:
             CalibrationError: a histogram holds NaN or infinity.
@@ -116,6 +131,9 @@ class Calibration:
         self._histograms = dict(histograms)
         self._fingerprint = fingerprint
         self._input_shapes = {name: dict(sorted(shapes.items())) for name, shapes in (input_shapes or {}).items()}
+        self._input_statistics = dict(input_statistics or {})
+        self._convergence = {method: dict(points) for method, points in (convergence or {}).items()}
+        self._settings = dict(settings or {})
         self._thresholds: dict[tuple[str, float], dict[str, float]] = {}
 
     def __repr__(self) -> str:
@@ -134,6 +152,29 @@ class Calibration:
         not tell. Engines with dynamic axes take their ranges from it.
         """
         return MappingProxyType({name: MappingProxyType(shapes) for name, shapes in self._input_shapes.items()})
+
+    @property
+    def input_statistics(self) -> Inputs:
+        """Model input to mean, deviation and range of what was fed, rows that fill up a batch left out.
+
+        Exact, whatever the order of the samples and the cut into batches; whole numbers (token ids) are not in it.
+        Empty for a calibration whose file does not tell.
+        """
+        return MappingProxyType(self._input_statistics)
+
+    @property
+    def convergence(self) -> History:
+        """Method to tensor to ((batches, scale), ...): the scales after 1, 2, 4, ... batches and at the end.
+
+        `calibrators.convergence.judge` says whether they have settled. The percentile is the default one. Empty for a
+        merged calibration, as data without an order have no history, and where the file does not tell.
+        """
+        return MappingProxyType({method: MappingProxyType(points) for method, points in self._convergence.items()})
+
+    @property
+    def settings(self) -> Settings:
+        """What the pass was told, beside the model and the data; empty for a merged calibration."""
+        return MappingProxyType(self._settings)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -195,7 +236,9 @@ class Calibration:
         """
         search, key = _search(method, percentile)
         if key not in self._thresholds:
-            self._thresholds[key] = {name: search(histogram) for name, histogram in self._histograms.items()}
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the searches release the GIL
+                found = pool.map(search, self._histograms.values())
+            self._thresholds[key] = dict(zip(self._histograms, found, strict=True))
         return dict(self._thresholds[key])
 
     def scales(self, method: str = DEFAULT_METHOD, percentile: float = DEFAULT_PERCENTILE) -> dict[str, float]:
@@ -207,6 +250,8 @@ class Calibration:
 
     def merge(self, other: Self) -> Calibration:
         """Return the calibration on both data sets together, exactly as if one pass had seen them all.
+
+        Except for what only one pass has: convergence and settings are left out.
 
         Raises:
             CalibrationError: the two are not of the same model, preprocessing and tensors.
@@ -222,7 +267,21 @@ class Calibration:
         shapes = {name: Counter(counts) for name, counts in self._input_shapes.items()}
         for name, counts in other._input_shapes.items():
             shapes.setdefault(name, Counter()).update(counts)
-        return Calibration(histograms, fingerprint, shapes)
+        inputs = merge_inputs(self._input_statistics, other._input_statistics)
+        return Calibration(histograms, fingerprint, shapes, input_statistics=inputs)
+
+    def annotated(self, *, convergence: History | None = None, settings: Settings | None = None) -> Calibration:
+        """Return the same statistics with another history of their scales, or other settings; None leaves them."""
+        other = Calibration(
+            self._histograms,
+            self._fingerprint,
+            self._input_shapes,
+            input_statistics=self._input_statistics,
+            convergence=self._convergence if convergence is None else convergence,
+            settings=self._settings if settings is None else settings,
+        )
+        other._thresholds = self._thresholds
+        return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to a `.npz` file, atomically; equal calibrations give equal bytes.
@@ -233,7 +292,16 @@ class Calibration:
         shapes = {
             name: [[list(shape), count] for shape, count in seen.items()] for name, seen in self._input_shapes.items()
         }
-        description = {"fingerprint": asdict(self._fingerprint), "input_shapes": shapes}
+        description = {
+            "fingerprint": asdict(self._fingerprint),
+            "input_shapes": shapes,
+            "input_statistics": {
+                name: [channel.to_json() for channel in statistics.channels]
+                for name, statistics in self._input_statistics.items()
+            },
+            "convergence": history_to_json(self._convergence, self.tensors),
+            "settings": self._settings,
+        }
         save_histograms(path, self._histograms, description)
 
     @classmethod
@@ -246,8 +314,14 @@ class Calibration:
         """
         histograms, description = load_histograms(path)
         try:
-            shapes = _input_shapes_from_json(description.get("input_shapes", {}))
-            return cls(histograms, _fingerprint_from_json(description["fingerprint"]), shapes)
+            return cls(
+                histograms,
+                _fingerprint_from_json(description["fingerprint"]),
+                _input_shapes_from_json(description.get("input_shapes", {})),
+                input_statistics=_input_statistics_from_json(description.get("input_statistics", {})),
+                convergence=history_from_json(description.get("convergence", {}), list(histograms)),
+                settings=description.get("settings", {}),
+            )
         except (AttributeError, KeyError, TypeError, ValueError, CalibrationError) as error:
             raise CacheFormatError(
                 f"Cannot read calibration {os.fspath(path)!r}: its description is damaged ({error!r}); "
@@ -274,6 +348,13 @@ def _input_shapes_from_json(values: Mapping[str, Any]) -> InputShapes:
     return {
         str(name): {tuple(int(length) for length in shape): int(count) for shape, count in seen}
         for name, seen in values.items()
+    }
+
+
+def _input_statistics_from_json(values: Mapping[str, Any]) -> Inputs:
+    return {
+        str(name): InputStatistics(tuple(ValueStatistics.from_json(channel) for channel in channels))
+        for name, channels in values.items()
     }
 
 

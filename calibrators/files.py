@@ -6,6 +6,7 @@ or Ctrl-C never leaves half a file under a name that somebody will read.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -45,6 +46,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what processes left that were killed while `atomic_path` wrote `path`; nobody else may be writing it."""
+    target = Path(path)
+    pattern = f".{glob.escape(target.stem)}.????????.part{glob.escape(target.suffix)}"
+    for leftover in target.parent.glob(pattern):
+        leftover.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

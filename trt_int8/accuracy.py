@@ -23,6 +23,7 @@ from engines.onnxrt import check_feeds
 from engines.runner import Runner, TensorSpec
 from trt_int8.errors import DataError, InferenceError, ModelError
 from trt_int8.feeds import batch_input
+from trt_int8.input_alarm import InputWatch
 from trt_int8.metrics import AgreementMeter, Difference, DifferenceMeter, LabelMeter, class_axis
 from trt_int8.polygraphy_files import PolygraphyCheck, Recording, quiet_polygraphy
 from trt_int8.shared_inputs import check_profile
@@ -104,6 +105,7 @@ class AccuracyResult:
         batches: number of batches.
         polygraphy: Polygraphy's verdicts on the first `polygraphy_batches` batches.
         polygraphy_batches: number of batches that it judged.
+        warnings: what speaks against the figures, one sentence each: data unlike those of the calibration.
     """
 
     reference: Scores
@@ -112,6 +114,7 @@ class AccuracyResult:
     batches: int
     polygraphy: tuple[PolygraphyCheck, ...]
     polygraphy_batches: int
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: the content of `accuracy.json`."""
@@ -125,6 +128,7 @@ class AccuracyResult:
                 "batches": self.polygraphy_batches,
                 "checks": [check.to_json() for check in self.polygraphy],
             },
+            "warnings": list(self.warnings),
         }
 
 
@@ -169,9 +173,10 @@ def compare(
         _log.warning("%s has no float output: nothing can be compared but whether the models run", reference.name)
     meters = _Meters(reference, len(candidates), labels)
     recording = Recording(models)
+    watch = InputWatch(models)
     count = 0
     # Closed at once when something goes wrong in the loop, so that Polygraphy leaves its runners and its logger behind.
-    with closing(_run(models, recording.names, track(batches, "compare", total))) as outputs:
+    with closing(_run(models, recording.names, track(watch.batches(batches), "compare", total))) as outputs:
         for batch, results in outputs:
             rows = _rows_fed(batch, reference)
             meters.update(batch, [_real_rows(batch, rows, iterations[0]) for _, iterations in results])
@@ -189,6 +194,7 @@ def compare(
         batches=count,
         polygraphy=recording.check(),
         polygraphy_batches=recording.batches,
+        warnings=watch.warnings(),
     )
 
 

@@ -27,6 +27,7 @@ from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import ConfigError, UsageError
 from trt_int8.export import export_onnx
 from trt_int8.feeds import fixed_batch
+from trt_int8.input_alarm import InputWatch
 from trt_int8.outputs import check_output
 from trt_int8.pipeline import Pipeline
 from trt_int8.polygraphy_files import FOLDER as POLYGRAPHY_FOLDER
@@ -115,11 +116,14 @@ def benchmark(
         if batch_size is not None and fixed not in (None, batch_size):
             notes = (f"the models fix their batch: timed with {fixed} samples, not the {batch_size} of --batch-size",)
         feeds: list[dict[str, Array]] = [random_feeds(inputs, batch_size, built_for=built_for(runners))]
+        unlike: tuple[str, ...] = ()
     else:
         source = open_data(data, inputs, batch_size=batch_size, preprocessing=preprocessing)
-        feeds = [batch.feeds for batch in islice(source, BENCHMARK_BATCHES)]
+        watch = InputWatch(runners)
+        feeds = [batch.feeds for batch in watch.batches(islice(source, BENCHMARK_BATCHES))]
+        unlike = watch.warnings()
     result = time_side_by_side(runners, feeds, transfers=transfers, rounds=rounds, budget_s=budget_s, track=track)
-    return replace(result, notes=(*notes, *result.notes))
+    return replace(result, notes=(*notes, *result.notes), warnings=(*result.warnings, *unlike))
 
 
 def compare(

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from calibrators.calibration import Calibration, Fingerprint
-from calibrators.collector import collect
+from calibrators.calibration import Calibration
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Track, untracked
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
-from engines.graph import PreparedModel, prepare
-from engines.onnxrt import tensor_specs
-from trt_int8 import __version__
-from trt_int8.choices import check_choice
-from trt_int8.data import DataSpec, open_data
+from engines.graph import PreparedModel
+from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Search, Tensors
+from trt_int8.checkpoint import Checkpoint
+from trt_int8.data import DataSpec
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
 
-Tensors = Literal["quantized", "all"]
-
-DEFAULT_MAX_BATCHES = 1000
+__all__ = ["DEFAULT_MAX_BATCHES", "Search", "Tensors", "calibrate", "check_fits"]
 
 
 def calibrate(
@@ -34,6 +30,12 @@ def calibrate(
     preprocessing: Preprocessing | None = None,
     data_id: str | None = None,
     threads: int | None = None,
+    stop_when_stable: Search | None = None,
+    max_memory_bytes: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    ray: str | None = None,
     track: Track = untracked,
 ) -> Calibration:
     """Stream batches through an FP32 model once and keep what every calibration method needs.
@@ -47,41 +49,52 @@ def calibrate(
         max_batches: stop after so many batches; None takes all.
         preprocessing: how images become arrays, for image folders.
         data_id: a name for data that comes from a callable, so that its calibration can be recognised later.
-        threads: ONNX Runtime's threads inside an operator; None takes its default.
+        threads: number of batches that are run at a time, each in one thread; None takes one per usable core, but no
+            more than 8. The result does not depend on it.
+        stop_when_stable: end at 32, 64, 128, ... batches once no scale by this method has moved by more than 1 % over
+            the last doubling; None reads all.
+        max_memory_bytes: what the activations that are handed out for counting may take, those of all batches that are
+            run at a time together; where they take more, the tensors are shared out over several passes, with the same
+            result. None takes one pass whatever it needs.
+        checkpoint: a file that the state is written to while the pass goes on; it is deleted at the end. None keeps
+            none.
+        checkpoint_every: batches between two checkpoints; None writes one a minute.
+        resume: go on from the checkpoint, where there is one. The stream is read again up to there and must give the
+            same batches; the result is the one that an undisturbed run would have had, to the bit.
+        ray: address of a Ray cluster whose workers count the batches, see `trt_int8.ray_cluster`; the result is the
+            same to the bit. None counts them in this process.
         track: shows progress.
 
     Returns:
         The calibration; `save` keeps it, `scales` reads any method from it.
 
     Raises:
-        DataError: the data is missing, empty, of another shape or dtype, or not finite.
+        DataError: the data is missing, empty, of another shape or dtype, or not finite; it has changed since the
+            checkpoint, or between two passes; or it can be read only once where several passes are needed.
         NonFiniteActivationError: an activation overflowed; the tensor, batch and node are named.
+        CalibrationError: the checkpoint is of another model, or of a run that was told something else; the Ray cluster
+            cannot be reached or does not do its work.
+        MissingDependencyError: Ray is asked for and not installed.
         TrtInt8Error: see `engines.graph.prepare` for the model's own errors.
     """
-    check_choice("tensors", tensors, Tensors)
-    prepared = prepare(model)
-    inputs, _ = tensor_specs(prepared.proto)
-    names = tensors_to_calibrate(prepared, tensors)
-    source = open_data(
+    job = CalibrationJob(
+        model,
         data,
-        inputs,
+        tensors=tensors,
         batch_size=batch_size,
         max_batches=max_batches,
         preprocessing=preprocessing,
         data_id=data_id,
+        threads=threads,
+        stop_when_stable=stop_when_stable,
+        max_memory_bytes=max_memory_bytes,
+        ray=ray,
     )
-    activations = OnnxRuntimeActivations(prepared, names, source, threads=threads)
-    collected = collect(activations, track=track, total=source.batches)
-    fingerprint = Fingerprint(
-        graph=prepared.graph_hash,
-        weights=prepared.weights_hash,
-        data=(source.rolling_hash or "",),
-        preprocessing=source.preprocessing,
-        tool=__version__,
-        batches=collected.batches,
-        samples=collected.samples,
-    )
-    return Calibration(collected.histograms, fingerprint, collected.input_shapes)
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_every)
+    calibration = job.run(kept, resume=resume, track=track)
+    if kept is not None:
+        kept.remove()
+    return calibration
 
 
 def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:

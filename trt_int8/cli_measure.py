@@ -109,6 +109,8 @@ def compare(
     ).to_json()
     write_json(json_file, result)
     console().print(accuracy_table(result))
+    for line in result["warnings"]:
+        typer.echo(f"warning: {line}")
 
 
 def inspect(

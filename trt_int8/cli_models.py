@@ -18,13 +18,13 @@ from trt_int8.cli_options import (
     PercentileOption,
     PreprocessingOption,
     TargetName,
-    ThreadsOption,
     read_preprocessing,
 )
 
 ResidualName = Literal["int8", "float"]
 QuantizedName = Literal["int8", "int8+fp16"]
 TensorsName = Literal["quantized", "all"]
+SearchName = Literal["minmax", "entropy", "percentile", "mse"]
 EngineName = Literal["fp32", "tf32", "fp16", "int8", "int8+fp16"]
 CalibratorWord = Literal["entropy2", "minmax", "percentile"]
 CompatibilityName = Literal["none", "ampere_plus", "same_compute_capability"]
@@ -89,15 +89,35 @@ def calibrate(
     max_batches: Annotated[int, typer.Option("--max-batches", min=1, help="Stop after so many batches.")] = 1000,
     tensors: Annotated[TensorsName, typer.Option("--tensors", help="Which tensors.")] = "quantized",
     preprocessing: PreprocessingOption = None,
-    threads: ThreadsOption = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Batches run at a time, a thread each (default: all cores).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate anew, even if the file there fits.")] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option("--checkpoint-every", metavar="BATCHES", min=1, help="Keep the state so often (default: 1/min)."),
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option("--max-memory", metavar="MIB", min=0, help="For activations; more take several passes."),
+    ] = None,
+    stop_when_stable: Annotated[
+        SearchName | None, typer.Option("--stop-when-stable", help="Stop once this method's scales have settled.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Count on a Ray cluster: auto, HOST:PORT, ray://..., local."),
+    ] = None,
 ) -> None:
     """Stream data through an FP32 model once, for all methods."""
-    from trt_int8.calibration import calibrate as stage
+    from trt_int8.calibrate_stage import calibrate_into
+    from trt_int8.calibration_job import CalibrationJob
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
     check_output(output, model, data)
-    calibration = stage(
+    job = CalibrationJob(
         model,
         data,
         tensors=tensors,
@@ -105,15 +125,27 @@ def calibrate(
         max_batches=max_batches,
         preprocessing=read_preprocessing(preprocessing),
         threads=threads,
+        stop_when_stable=stop_when_stable,
+        max_memory_bytes=None if max_memory is None else int(max_memory * 2**20),
+        ray=ray,
+    )
+    result = calibrate_into(
+        output,
+        job,
+        method=stop_when_stable or "entropy",
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        force=force,
         track=track,
     )
-    calibration.save(output)
-    fingerprint = calibration.fingerprint
+    fingerprint = result.calibration.fingerprint
     typer.echo(
-        f"{output}: {len(calibration.tensors)} tensors, {fingerprint.batches} batches, {fingerprint.samples} samples"
+        f"{output}: {len(result.calibration.tensors)} tensors, {fingerprint.batches} batches, "
+        f"{fingerprint.samples} samples"
+        + (" (kept: same model, data and settings; --force calibrates anew)" if result.kept else "")
     )
-    for name in calibration.always_zero:
-        typer.echo(f"{name} was always 0: its scale is 1")
+    for line in result.notes:
+        typer.echo(line)
 
 
 def quantize(

@@ -26,6 +26,7 @@ from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import UsageError
+from trt_int8.input_alarm import INPUTS_KEY, summary_text
 from trt_int8.machine import saturates_unsigned_products
 
 if TYPE_CHECKING:
@@ -178,20 +179,20 @@ def quantize(
     else:
         placement = place_for_tensorrt(graph, residual=residual, exclude=exclude)
         reduced = bool(reduce_range)
-    largest = calibration.amax("minmax")
-    mixed = mixed_graph(prepared, placement, largest) if precision == "int8+fp16" else None
-    quantized = insert_qdq(
+    quantized, held = write_quantized(
         prepared,
         placement,
         scales,
-        typed=None if mixed is None else mixed.model,
+        calibration.amax("minmax"),
+        output,
+        precision=precision,
         reduce_range=reduced,
-        largest=largest,
-        metadata={METHOD_KEY: method_name(method, percentile), CALIBRATION_KEY: calibration.sha256},
+        metadata={
+            METHOD_KEY: method_name(method, percentile),
+            CALIBRATION_KEY: calibration.sha256,
+            INPUTS_KEY: summary_text(calibration.input_statistics),
+        },
     )
-    proto = ir.to_proto(quantized.model)
-    open_session(proto, execution="exact")  # what ONNX Runtime refuses is not written
-    save_model(proto, output)
     return QuantizeResult(
         Path(output),
         target,
@@ -199,10 +200,52 @@ def quantize(
         method,
         placement,
         quantized.scales,
-        () if mixed is None else mixed.held,
+        held,
         auto if method == "auto" else None,
         _notes(quantized, calibration, method, auto),
     )
+
+
+def write_quantized(
+    prepared: PreparedModel,
+    placement: Placement,
+    scales: Mapping[str, float],
+    largest: Mapping[str, float],
+    output: str | os.PathLike[str],
+    *,
+    precision: Int8Precision,
+    reduce_range: bool,
+    metadata: Mapping[str, str],
+) -> tuple[QuantizedModel, tuple[HeldNode, ...]]:
+    """Write the INT8 model of a placement, once ONNX Runtime has taken it.
+
+    Args:
+        prepared: the FP32 model.
+        placement: which tensors.
+        scales: by tensor name; see `engines.qdq.insert_qdq`.
+        largest: largest magnitude of the tensors that are known, by name.
+        output: the file to write.
+        precision: of the layers that are not quantized.
+        reduce_range: see `engines.qdq.insert_qdq`.
+        metadata: entries for the model's metadata.
+
+    Returns:
+        The model, and with "int8+fp16" the nodes kept in FP32.
+    """
+    mixed = mixed_graph(prepared, placement, largest) if precision == "int8+fp16" else None
+    quantized = insert_qdq(
+        prepared,
+        placement,
+        scales,
+        typed=None if mixed is None else mixed.model,
+        reduce_range=reduce_range,
+        largest=largest,
+        metadata=metadata,
+    )
+    proto = ir.to_proto(quantized.model)
+    open_session(proto, execution="exact")  # what ONNX Runtime refuses is not written
+    save_model(proto, output)
+    return quantized, () if mixed is None else mixed.held
 
 
 def convert_fp16(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calibrators import calibration as calibration_module
 from calibrators.calibration import METHODS, Calibration, Fingerprint
 from calibrators.counter import histogram_of
 from calibrators.entropy import entropy_amax
 from calibrators.errors import CacheFormatError, CalibrationError, FileAccessError
+from calibrators.input_statistics import statistics_of
 from calibrators.mse import mse_amax
 from calibrators.percentile import percentile_amax
 
@@ -245,6 +249,96 @@ def test_a_file_that_does_not_tell_the_shapes_is_read(tmp_path: Path) -> None:
     assert_equal(loaded, with_shapes())
 
 
+SETTINGS = {"threads": 2, "stop_when_stable": None, "onnxruntime": "1.2"}
+
+
+def told(seed: int = 0, **changes: Any) -> Calibration:
+    """A calibration with everything that a pass can keep."""
+    plain = make_calibration(seed, **changes)
+    history = {
+        method: {name: ((1, scale), (3, scale * 2)) for name, scale in plain.scales(method).items()}
+        for method in ("minmax", "entropy")
+    }
+    values = np.random.default_rng(seed).normal(size=(4, 3, 5, 5)).astype(np.float32)
+    return Calibration(
+        {name: plain.histogram(name) for name in plain.tensors},
+        plain.fingerprint,
+        {"x": {(2, 3, 5, 5): seed + 1}},
+        input_statistics={"x": statistics_of(values), "gain": statistics_of(np.float32(0.1 + seed).reshape(()))},
+        convergence=history,
+        settings=SETTINGS,
+    )
+
+
+def test_everything_a_pass_keeps_survives_the_file(tmp_path: Path) -> None:
+    """Statistics of inputs, convergence and settings come back exactly, also from a pickle; the hash ignores them."""
+    calibration = told()
+    calibration.save(tmp_path / "c.npz")
+
+    for restored in (Calibration.load(tmp_path / "c.npz"), pickle.loads(pickle.dumps(calibration))):
+        assert restored.input_statistics == calibration.input_statistics
+        assert restored.convergence == calibration.convergence
+        assert restored.settings == SETTINGS
+        assert restored.sha256 == make_calibration().sha256
+        restored.save(tmp_path / "again.npz")
+        assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
+
+
+def test_a_file_without_what_later_versions_keep_is_read(tmp_path: Path) -> None:
+    """Its mappings are empty; everything else is there."""
+    path = tmp_path / "c.npz"
+    told().save(path)
+    with np.load(path) as arrays:
+        text = json.loads(arrays["header"].tobytes())
+    for key in ("input_statistics", "convergence", "settings"):
+        del text[key]
+    loaded = Calibration.load(rewritten(path, header=header(**text)))
+
+    assert (loaded.input_statistics, loaded.convergence, loaded.settings) == ({}, {}, {})
+    assert_equal(loaded, told())
+    assert loaded.merge(told(1)).input_statistics == told(1).input_statistics
+
+
+def test_annotations_leave_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another history, other settings; thresholds that were found are not searched again."""
+    calibration = told()
+    scales = calibration.scales("entropy")
+    monkeypatch.setattr(calibration_module, "entropy_amax", None)
+    changed = calibration.annotated(settings={"threads": 1})
+
+    assert (changed.settings, changed.convergence) == ({"threads": 1}, calibration.convergence)
+    assert calibration.annotated(convergence={}).convergence == {}
+    assert changed.scales("entropy") == scales
+    assert calibration.settings == SETTINGS
+    assert_equal(changed, calibration)
+
+
+@given(st.permutations(range(4)), st.integers(1, 3))
+def test_merge_laws(order: list[int], cut: int) -> None:
+    """Parts merge to the same in any order and in any grouping; only the list of the data follows the order."""
+    parts = [told(seed, data=(f"d{seed}",)) for seed in order]
+    left = functools.reduce(Calibration.merge, parts)
+    grouped = functools.reduce(Calibration.merge, parts[:cut]).merge(functools.reduce(Calibration.merge, parts[cut:]))
+    straight = functools.reduce(Calibration.merge, [told(seed, data=(f"d{seed}",)) for seed in range(4)])
+
+    for merged in (grouped, straight):
+        assert merged.input_statistics == left.input_statistics
+        assert merged.input_shapes == left.input_shapes
+        assert merged.scales("minmax") == left.scales("minmax")
+        for name in left.tensors:
+            assert merged.histogram(name).counts.tolist() == left.histogram(name).counts.tolist()
+    assert grouped.fingerprint == left.fingerprint
+    assert sorted(straight.fingerprint.data) == sorted(left.fingerprint.data)
+
+
+def test_merging_drops_what_only_one_pass_has() -> None:
+    """Data without an order have no history, and two passes may have been told different things."""
+    merged = told(0).merge(told(1))
+
+    assert (merged.convergence, merged.settings) == ({}, {})
+    assert merged.input_statistics["gain"].overall.count == 2
+
+
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     """Every histogram, the order of the tensors and the fingerprint come back."""
     calibration = make_calibration(data=("d1", "ü"))
@@ -392,6 +486,12 @@ def test_contradictions_inside_are_refused(tmp_path: Path) -> None:
         {"header": header(**{**text, "input_shapes": ["x"]})},
         {"header": header(**{**text, "input_shapes": {"x": [[4, 3], 2]}})},
         {"header": header(**{**text, "input_shapes": {"x": [[["four"], 2]]}})},
+        {"header": header(**{**text, "input_statistics": {"x": []}})},
+        {"header": header(**{**text, "input_statistics": {"x": [[1, 2]]}})},
+        {"header": header(**{**text, "input_statistics": [1]})},
+        {"header": header(**{**text, "convergence": {"batches": [1], "scales": {"mse": [[1.0]]}}})},
+        {"header": header(**{**text, "convergence": {"batches": "1"}})},
+        {"header": header(**{**text, "settings": 5})},
         {"nonfinite": good["nonfinite"] + 1},
     ]
     for change in changes:

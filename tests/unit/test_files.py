@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from calibrators.errors import FileAccessError
-from calibrators.files import atomic_path, read_bytes, sha256_of_file, write_bytes, write_text
+from calibrators.files import atomic_path, read_bytes, remove_leftovers, sha256_of_file, write_bytes, write_text
 
 
 def names_in(folder: Path) -> list[str]:
@@ -131,3 +131,17 @@ def test_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc" * 100_000)
 
     assert sha256_of_file(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Only what was to become this file: neither the file itself nor its neighbours, whatever their names."""
+    target = tmp_path / "c[1].npz"
+    killed = [atomic_path(path) for path in (target, tmp_path / "other.npz")]
+    for writing in killed:
+        writing.__enter__()  # never left, as in a process that was killed
+    target.touch()
+
+    remove_leftovers(target)
+
+    assert [name.split(".")[1] for name in names_in(tmp_path) if name.startswith(".")] == ["other"]
+    assert target.exists()

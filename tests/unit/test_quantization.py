@@ -16,6 +16,7 @@ from calibrators.calibration import Calibration
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY, OnnxRuntimeRunner
 from trt_int8.api import calibrate, quantize
 from trt_int8.cli import app
+from trt_int8.input_alarm import INPUTS_KEY, summary_text
 from trt_int8.quantization import CALIBRATION_KEY, METHOD_KEY
 
 RNG = np.random.default_rng(5)
@@ -49,13 +50,17 @@ def large_model(graph_builder: Any, tmp_path: Path) -> Path:
 def test_a_model_tells_its_origin(
     options: Any, precision: str, target: str, tiny_model: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    """Precision, target, method and the hash of the calibration stand in its metadata, and in the result."""
+    """Precision, target, method, hash and inputs of the calibration stand in its metadata, and in the result."""
     result = quantize(tiny_model, calibration, output=tmp_path / "q.onnx", method="mse", **options)
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "q.onnx").metadata_props}
 
     assert metadata == {
-        PRECISION_KEY: precision, TARGET_KEY: target, METHOD_KEY: "mse", CALIBRATION_KEY: calibration.sha256
-    }  # fmt: skip
+        PRECISION_KEY: precision,
+        TARGET_KEY: target,
+        METHOD_KEY: "mse",
+        CALIBRATION_KEY: calibration.sha256,
+        INPUTS_KEY: summary_text(calibration.input_statistics),
+    }
     assert (result.precision, result.target, result.held) == (precision, target, ())
 
 

@@ -1,0 +1,275 @@
+"""A calibration that is ready to run: what it is made from, whether an earlier one is the same, and how it is run.
+
+Where the activations of all tensors do not fit the memory, the tensors are shared out over several passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, Literal
+
+import onnxruntime
+
+from calibrators.calibration import Calibration
+from calibrators.errors import CalibrationError
+from calibrators.histogram import BINS
+from calibrators.protocols import Track, untracked
+from engines.activations import tensors_to_calibrate, worker_count
+from engines.graph import prepare
+from engines.memory import activation_bytes, split_tensors, weight_bytes
+from engines.onnxrt import tensor_specs
+from trt_int8 import __version__
+from trt_int8.calibration_pass import CalibrationPass
+from trt_int8.checkpoint import FINISHED, Checkpoint
+from trt_int8.choices import check_choice
+from trt_int8.data import DataSpec, open_data
+from trt_int8.errors import DataError, UsageError
+from trt_int8.progress import time_data
+from trt_int8.ray_cluster import RayCluster
+
+if TYPE_CHECKING:
+    from trt_int8.images import Preprocessing
+
+_log = logging.getLogger(__name__)
+
+Tensors = Literal["quantized", "all"]
+Search = Literal["minmax", "entropy", "percentile", "mse"]
+
+DEFAULT_MAX_BATCHES = 1000
+
+_COUNTERS_BYTES = 4 * BINS
+_USUAL_SHARE = 0.1
+"""Of a tensor's counters, the part whose pages are ever written to."""
+
+_MIB = 2**20
+
+
+class CalibrationJob:
+    """A calibration that is ready to run: the model is prepared, the data are open, the tensors chosen.
+
+    The arguments are those of `trt_int8.calibration.calibrate`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        data: DataSpec,
+        *,
+        tensors: Tensors = "quantized",
+        batch_size: int | None = None,
+        max_batches: int | None = DEFAULT_MAX_BATCHES,
+        preprocessing: Preprocessing | None = None,
+        data_id: str | None = None,
+        threads: int | None = None,
+        stop_when_stable: Search | None = None,
+        max_memory_bytes: int | None = None,
+        ray: str | None = None,
+    ) -> None:
+        self._cluster = None if ray is None else RayCluster(ray)
+        check_choice("tensors", tensors, Tensors)
+        if stop_when_stable is not None:
+            check_choice("stop_when_stable", stop_when_stable, Search)
+        self._prepared = prepare(model)
+        inputs, _ = tensor_specs(self._prepared.proto)
+        self._tensors = tensors_to_calibrate(self._prepared, tensors)
+        self._source = open_data(
+            data,
+            inputs,
+            batch_size=batch_size,
+            max_batches=max_batches,
+            preprocessing=preprocessing,
+            data_id=data_id,
+        )
+        self._threads = threads
+        self._stop_when_stable = stop_when_stable
+        self._max_memory_bytes = max_memory_bytes
+        self._settings = {"stop_when_stable": stop_when_stable, "onnxruntime": str(onnxruntime.__version__)}
+
+    def run(
+        self, checkpoint: Checkpoint | None = None, *, resume: bool = False, track: Track = untracked
+    ) -> Calibration:
+        """Calibrate; see `trt_int8.calibration.calibrate`. The checkpoint is left for the caller to remove.
+
+        Args:
+            checkpoint: where the state is kept; None for nowhere.
+            resume: go on from the checkpoint, where there is one.
+            track: shows progress.
+        """
+        stream = iter(self._source)
+        first = next(stream)
+        passes = self._passes({name: value.shape for name, value in first.feeds.items()})
+        parts: list[Calibration] = []
+        with nullcontext() if self._cluster is None else self._cluster:
+            for index, names in enumerate(passes):
+                batches = chain([first], stream) if index == 0 else iter(self._source)
+                part = self._part(names, index, len(passes), checkpoint, resume=resume)
+                # Of several passes that are done, the first is read again and checked, and the others agree with it.
+                found = part.earlier if index > 0 and _is_finished(part.earlier) else None
+                if found is None:
+                    found = part.run(batches, self._source.batches, time_data(track, lambda: self._source.waited_s))
+                    if part.checkpoint is not None and len(passes) > 1:
+                        part.checkpoint.save(found.annotated(settings={**found.settings, FINISHED: True}))
+                parts.append(found)
+        return self._joined(parts)
+
+    def what_changed(self, calibration: Calibration, track: Track = untracked) -> str | None:
+        """Say why a calibration is not the one that this job would make; None where it is.
+
+        Where model and settings agree, the data are read, which takes no inference.
+
+        Args:
+            calibration: made earlier, perhaps.
+            track: shows the progress of reading.
+        """
+        changes = self._changes(calibration, self._tensors)
+        if changes:
+            return "; ".join(changes)
+        wanted = calibration.fingerprint
+        if len(wanted.data) != 1:
+            return f"it was merged of {len(wanted.data)} parts"
+        if not self._source.rewindable:
+            return f"{self._source.description} can be read only once, so nothing tells whether it is the same data"
+        read, found = 0, ""
+        for batch in track(self._source, "check the data", self._source.batches):
+            read, found = read + 1, batch.rolling_hash
+            if self._stop_when_stable is not None and read == wanted.batches:
+                break
+        if read != wanted.batches:
+            return f"the data give {read} batches now, and gave {wanted.batches}"
+        if found != wanted.data[0]:
+            return f"the data have changed: their hash is {found[:16]} now, and was {wanted.data[0][:16]}"
+        return None
+
+    def _passes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+        """Share the tensors out over passes, and say how much memory they take."""
+        # What is fed takes no more memory by being counted.
+        found = activation_bytes(self._prepared, self._tensors, shapes)
+        sizes = {name: 0 if name in shapes else size for name, size in found.items()}
+        workers = worker_count(self._threads)
+        limit = self._max_memory_bytes
+        passes = [self._tensors] if limit is None else split_tensors(sizes, limit // workers)
+        if len(passes) > 1:
+            self._source.require_rewindable(f"to calibrate in {len(passes)} passes")
+            if self._stop_when_stable is not None:
+                raise UsageError(
+                    f"Cannot stop when scales are stable in a calibration of {len(passes)} passes: none of them sees "
+                    "all tensors. Leave --stop-when-stable out, or allow more with --max-memory."
+                )
+        exposed = max(sum(sizes[name] or 0 for name in names) for names in passes)
+        counters = workers * _COUNTERS_BYTES * max(len(names) for names in passes)
+        unknown = sum(size is None for size in sizes.values())
+        _log.info(
+            "memory: plain inference (%.1f MiB of weights) + %d x %.1f MiB of activations for batches like the first%s "
+            "+ at most %.1f MiB of histograms, usually %.1f%s",
+            weight_bytes(self._prepared) / _MIB,
+            workers,
+            exposed / _MIB,
+            f" + those of {unknown} tensors whose shape the graph does not tell" if unknown else "",
+            counters / _MIB,
+            _USUAL_SHARE * counters / _MIB,
+            f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
+        )
+        return passes
+
+    def _part(
+        self, names: list[str], index: int, count: int, checkpoint: Checkpoint | None, *, resume: bool
+    ) -> CalibrationPass:
+        kept = None if checkpoint is None else checkpoint.of_pass(index, count)
+        return CalibrationPass(
+            prepared=self._prepared,
+            tensors=names,
+            exposed=self._tensors,
+            preprocessing=self._source.preprocessing,
+            settings=self._settings,
+            threads=self._threads,
+            stop_when_stable=self._stop_when_stable,
+            count_inputs=index == 0,
+            checkpoint=kept,
+            earlier=None if kept is None else self._earlier(kept, names, resume=resume),
+            cluster=self._cluster,
+        )
+
+    def _earlier(self, checkpoint: Checkpoint, names: Sequence[str], *, resume: bool) -> Calibration | None:
+        """Read the state to go on from.
+
+        Raises:
+            CalibrationError: it is of another model, or of a run that was told something else.
+        """
+        if not resume:
+            if checkpoint.path.exists():
+                _log.info("%s is not used: --resume would go on from it", checkpoint.path)
+            return None
+        earlier = checkpoint.load()
+        if earlier is None:
+            _log.info("there is no checkpoint %s: starting from the beginning", checkpoint.path)
+            return None
+        changes = self._changes(earlier, names)
+        if changes:
+            raise CalibrationError(
+                f"Cannot resume from {str(checkpoint.path)!r}: {'; '.join(changes)}. Calibrate as before, or leave "
+                "--resume out to start anew."
+            )
+        _log.info("going on from batch %s, as kept in %s", earlier.fingerprint.batches, checkpoint.path)
+        return earlier
+
+    def _changes(self, calibration: Calibration, names: Sequence[str]) -> list[str]:
+        """Name what a calibration was made from, and how, that is different now; the data are not looked at."""
+        fingerprint = calibration.fingerprint
+        changes = [
+            f"the {what} has changed since" if what == "graph" else f"the {what} have changed since"
+            for what, before, now in (
+                ("graph", fingerprint.graph, self._prepared.graph_hash),
+                ("weights", fingerprint.weights, self._prepared.weights_hash),
+            )
+            if before != now
+        ]
+        if list(calibration.tensors) != list(names):
+            changes.append(f"it holds {len(calibration.tensors)} tensors, and {len(names)} are asked for")
+        told = {
+            "preprocessing": (fingerprint.preprocessing, self._source.preprocessing),
+            "trt-int8": (fingerprint.tool, __version__),
+            **{name: (calibration.settings.get(name, "not known"), now) for name, now in self._settings.items()},
+        }
+        changes += [f"{name} was {before!r} and is {now!r}" for name, (before, now) in told.items() if before != now]
+        return changes
+
+    def _joined(self, parts: Sequence[Calibration]) -> Calibration:
+        """Return passes over the same data as one calibration.
+
+        Raises:
+            DataError: the data were not the same.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        for number, part in enumerate(parts[1:], 2):
+            if part.fingerprint != first.fingerprint:
+                raise DataError(
+                    f"The data changed between the passes: {_read(part)} in pass {number}, and {_read(first)} in pass "
+                    "1. Give data that are the same each time, or allow one pass with --max-memory."
+                )
+        holder = {name: part for part in parts for name in part.tensors}
+        return Calibration(
+            {name: holder[name].histogram(name) for name in self._tensors},
+            first.fingerprint,
+            first.input_shapes,
+            input_statistics=first.input_statistics,
+            convergence={
+                method: {name: holder[name].convergence[method][name] for name in self._tensors}
+                for method in first.convergence
+            },
+            settings=self._settings,
+        )
+
+
+def _is_finished(earlier: Calibration | None) -> bool:
+    return earlier is not None and bool(earlier.settings.get(FINISHED))
+
+
+def _read(part: Calibration) -> str:
+    fingerprint = part.fingerprint
+    return f"{fingerprint.batches} batches, {fingerprint.samples} samples (hash {fingerprint.data[0][:16]})"
