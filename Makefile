@@ -6,13 +6,13 @@ READY := $(VENV)/.ready
 SIMULATION := $(VENV)/.trtsim
 TESTS ?= tests
 
-.PHONY: demo test lint format bench-calibrate clean help
+.PHONY: demo test lint format bench-calibration clean help
 
 help:
 	@echo "make demo    run the whole pipeline on scikit-learn's digits; the report lands in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy --strict, import-linter"
-	@echo "make bench-calibrate  what calibration costs, as a ratio to plain inference"
+	@echo "make bench-calibration  what calibration costs, as a ratio to plain inference"
 	@echo "make clean   remove the virtual environment and caches (runs/ is kept)"
 
 $(READY): pyproject.toml constraints.txt
@@ -43,7 +43,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-calibrate: $(READY)
+bench-calibration: $(READY)
 	$(BIN)/python benchmarks/calibration.py
 
 clean:
