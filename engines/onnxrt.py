@@ -112,7 +112,7 @@ class OnnxRuntimeRunner:
         self._session: onnxruntime.InferenceSession | None = None
 
     def make_session(self) -> onnxruntime.InferenceSession:
-        """Make a session of its own; Polygraphy's `OnnxrtRunner` takes this method as its loader."""
+        """Make a session of its own, as the runner's are made."""
         return make_session(self.path, execution=self.execution, threads=self.threads)
 
     def __enter__(self) -> Self:
