@@ -154,7 +154,15 @@ def cluster_run(module_tiny_model: Path) -> tuple[Path, dict[str, Any]]:
         [sys.executable, str(folder / "script.py"), str(folder)],
         env=variables, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    if done.returncode != 0:
+        # A machine where Ray itself cannot start a cluster (no shared memory, no sockets) says nothing of this program.
+        start = "import ray; ray.init(num_cpus=1, include_dashboard=False); ray.shutdown()"
+        alone = subprocess.run(
+            [sys.executable, "-c", start], env=variables, capture_output=True, text=True, check=False
+        )
+        if alone.returncode != 0:
+            pytest.skip(f"Ray cannot start a cluster here: {alone.stderr.strip().splitlines()[-1]}")
+        pytest.fail(done.stderr)
     return folder, json.loads((folder / "said.json").read_text())
 
 
