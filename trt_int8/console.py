@@ -12,6 +12,9 @@ from rich.table import Table
 
 ABSENT = "-"
 
+LEAST_NAME = 16
+"""Characters that a column of names keeps, however many numbers stand beside it."""
+
 IDENTICAL = "identical"
 
 PIPED_WIDTH = 120
@@ -28,7 +31,8 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         if index < left:
-            table.add_column(column, overflow="fold")  # a name is never cut: what tells two apart may be its end
+            # A name is never cut: what tells two apart may be its end. Nor do numbers squeeze it out of a narrow table.
+            table.add_column(column, overflow="fold", min_width=None if index else LEAST_NAME)
         else:
             table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -131,7 +135,7 @@ def size_table(models: Sequence[Mapping[str, Any]]) -> Table:
         )
         for model in models
     ]
-    return make_table("Size", ("model", "file", "smaller", *(f"{name} weights" for name in types)), rows)
+    return make_table("Size, and weights by data type", ("model", "file", "smaller", *types), rows)
 
 
 def number(value: float | None, form: str) -> str:

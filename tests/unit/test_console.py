@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from trt_int8.console import accuracy_table, benchmark_table, console, gpu_state, make_table, shared_notes
+from trt_int8.console import accuracy_table, benchmark_table, console, gpu_state, make_table, shared_notes, size_table
 
 
 def row(name: str, gpu: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -151,3 +151,16 @@ def test_the_state_of_the_gpu_is_one_line() -> None:
     silent = {"clock_sm_mhz": None, "clock_memory_mhz": None, "temperature_c": None}
     assert gpu_state(result(engine("a", **silent))) == ""
     assert gpu_state(result(row("m.onnx"))) == ""
+
+
+def test_numbers_never_squeeze_the_names_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A size table with many data types on 120 columns still says which model each row is."""
+    types = ("FLOAT", "INT64", "FLOAT16", "INT8", "INT32", "UINT8")
+    weights = dict.fromkeys(types, 307_410)
+    models = [{"name": "INT8+FP16 auto", "file_bytes": 1_240_000, "ratio": 1.0, "weight_bytes": weights}]
+    console().print(size_table(models))
+
+    shown = capsys.readouterr().out
+    assert "INT8+FP16 auto" in shown
+    assert all(name in shown for name in types)
+    assert max(map(len, shown.splitlines())) <= 120
