@@ -31,7 +31,7 @@ $(SIMULATION): $(READY) $(wildcard tests/trtsim/*.py tests/trtsim/*.c tests/trts
 	@$(BIN)/python tests/trtsim/provision.py $(VENV)/trtsim && touch $@ || true
 
 test: $(READY) $(SIMULATION)
-	$(BIN)/python -m pytest --cov --cov-report=term $(TESTS)
+	$(BIN)/python -m pytest -n logical --dist worksteal --cov --cov-report=term $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

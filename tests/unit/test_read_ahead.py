@@ -214,6 +214,7 @@ def test_a_broken_image_is_named_after_the_batches_before_it(tmp_path: Path) -> 
 @pytest.mark.usefixtures("two_cores")
 def test_ctrl_c_ends_the_threads(tmp_path: Path) -> None:
     """An interrupt while the model runs leaves nothing behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
     save_pictures(tmp_path, 9)
     source = open_data(tmp_path, PIXELS, batch_size=2, preprocessing=PREPROCESSING)
 
@@ -223,8 +224,11 @@ def test_ctrl_c_ends_the_threads(tmp_path: Path) -> None:
                 assert threads_of_ours() != []
                 signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert threads_of_ours() == []
 
 
