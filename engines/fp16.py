@@ -22,6 +22,7 @@ from calibrators.numerics import FP16_MAX
 from engines.graph import PreparedModel, constant_array, is_activation, quiet
 from engines.magnitude import magnitude_bounds
 from engines.onnxrt import PRECISION_KEY
+from engines.outside_weights import hide_outside
 
 MARGIN = 2.0
 """Values seen in calibration may be this much larger in use before they overflow."""
@@ -87,11 +88,14 @@ def in_fp16(prepared: PreparedModel, held: Sequence[HeldNode]) -> ir.Model:
 
     proto = onnx.ModelProto()
     proto.CopyFrom(prepared.proto)
+    hidden = hide_outside(proto)  # the converter takes them for FP32 inputs
     with quiet():  # preparation has inferred all types already
         converted: onnx.ModelProto = convert_float_to_float16(
             proto, keep_io_types=True, node_block_list=[node.node for node in held], disable_shape_infer=True
         )
-    return _mended(converted, {node.name for node in prepared.proto.graph.node})
+    model = _mended(converted, {node.name for node in prepared.proto.graph.node})
+    _restore_outside(model.graph, hidden)
+    return model
 
 
 def held_in_fp32(prepared: PreparedModel, amax: Mapping[str, float]) -> tuple[HeldNode, ...]:
@@ -182,6 +186,37 @@ def _mended(converted: onnx.ModelProto, originals: set[str]) -> ir.Model:
                 inner.replace_input_with(index, widened[value])
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _restore_outside(graph: ir.Graph, hidden: Mapping[str, onnx.TensorProto]) -> None:
+    """Make weights again of inputs that stand for them: as they are for FP32 nodes, rounded for the others.
+
+    They are rounded when they are written, one at a time, so that no copy of them stays in memory.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    graph.inputs[:] = [value for value in graph.inputs if value.name not in hidden]
+    for name, tensor in hidden.items():
+        value, exact = inputs[name], ir.serde.deserialize_tensor(tensor)
+        casts = [use.node for use in value.uses() if use.node.outputs[0].dtype == ir.DataType.FLOAT16]
+        for node in casts:
+            if node.op_type != "Cast" or value.dtype != ir.DataType.FLOAT:
+                continue
+            half = ir.Value(name=f"{name}_fp16" if len(value.uses()) > 1 else name, shape=value.shape)
+            half.dtype = ir.DataType.FLOAT16
+            half.const_value = _rounded(exact, str(half.name))
+            node.outputs[0].replace_all_uses_with(half)
+            graph.remove(node, safe=True)
+            graph.register_initializer(half)
+        if value.uses():
+            value.const_value = exact
+            graph.register_initializer(value)
+
+
+def _rounded(exact: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    def make() -> ir.TensorProtocol:
+        return ir.tensor(exact.numpy().astype(np.float16), name=name)
+
+    return ir.LazyTensor(make, dtype=ir.DataType.FLOAT16, shape=ir.Shape(exact.shape.numpy()), name=name)
 
 
 def _drop_doubles(model: onnx.ModelProto) -> None:

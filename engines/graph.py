@@ -7,30 +7,43 @@ of a calibration always fit. Tensor names of the file are kept; only tensors tha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import onnx
 import onnx.inliner
-import onnx.numpy_helper
-import onnx.shape_inference
 import onnx_ir as ir
-import onnxslim
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
-from engines.errors import ModelError, UnsupportedModelError
-from engines.onnxrt import Execution, load_header, make_session, tensor_specs
-from engines.opset import MINIMUM_OPSET, RAISED_OPSET, check_operators, nested_graphs, opset_of, raise_opset
+from engines.errors import ModelError
+from engines.onnxrt import Execution, Provider, load_header, make_session, tensor_specs
+from engines.opset import MINIMUM_OPSET, check_operators, check_training, opset_of, raise_opset
+from engines.outside_weights import (
+    Spill,
+    bring_inside,
+    hide_outside,
+    initializer_bytes,
+    outside_bytes,
+    restore_outside,
+    rooted,
+    take_outside,
+)
+from engines.prepare_fold import fold_affine
+from engines.prepare_group_norm import FIRST_WITH_CHANNELS, write_group_norms_out
+from engines.prepare_large import fold_moved_weights
+from engines.prepare_layout import cancel_transposes
+from engines.prepare_names import drop_initializers_from_inputs, drop_notes, graph_hash, name_nodes, weights_hash
+from engines.prepare_operators import rename_operators
+from engines.prepare_padding import write_pads_out
+from engines.prepare_simplify import simplify
 from engines.size import external_files
 
 if TYPE_CHECKING:
@@ -40,6 +53,8 @@ PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 """Protobuf's limit for one message, less a margin for everything beside the weights."""
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+_IrModel: TypeAlias = ir.Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +66,34 @@ class PreparedModel:
         proto: the prepared model; treat it as read-only, `ir()` gives a copy to edit.
         graph_hash: hash of the structure: nodes, attributes, inputs, outputs.
         weights_hash: hash of the initializers' names, types, shapes and values.
+        scratch: the file of large weights that preparation has changed; keep this object while `proto` is in use.
     """
 
     path: Path
     proto: onnx.ModelProto
     graph_hash: str
     weights_hash: str
+    scratch: Spill | None = field(default=None, repr=False, compare=False)
 
     def ir(self) -> ir.Model:
         """Return a copy of the model in onnx-ir's form; editing it leaves this object alone."""
         return ir.from_proto(self.proto)
 
+    def replaced(self, model: _IrModel) -> PreparedModel:
+        """Return another graph in place of this one, with hashes of its own."""
+        proto = ir.to_proto(model)
+        return PreparedModel(self.path, proto, graph_hash(proto), weights_hash(proto), self.scratch)
+
 
 def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     """Load a model, raise it to opset 19 or above, fold and simplify it, and name every node.
 
-    BatchNorm after a convolution is folded into it, constants are folded, model-local functions are inlined,
-    documentation strings and per-node metadata (exporters write source paths there) are dropped. Tensor names stay.
-    The same file always gives the same graph.
+    BatchNormalization is folded into the weights before it or after it, constants are folded, `auto_pad` is written
+    out, Transposes around element-wise nodes cancel, model-local functions are inlined, documentation strings and
+    per-node metadata (exporters write source paths there) are dropped. Tensor names stay. The same file always gives
+    the same graph.
+
+    The large weights of a model beyond 2 GB stay in their files, which must not change while the model is in use.
 
     Raises:
         FileAccessError: missing or unreadable file, or external data that is missing.
@@ -85,70 +110,91 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
                 f"Cannot read the model {str(file)!r}: its external data {name!r} is missing. "
                 "Put that file beside the model; the two belong together."
             )
-    try:
-        model = onnx.load(file)
-    except Exception as error:  # onnx raises ValidationError and protobuf's own types for broken external data
-        line = " ".join(str(error).split()).rstrip(".")
-        raise ModelError(f"Cannot read the model {str(file)!r}: {line}. Export it again.") from error
+    model = _with_weights(header, file)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    _drop_initializers_from_inputs(model)
+    drop_initializers_from_inputs(model)
     opset = opset_of(model, file)
     check_operators(model, opset, file)
+    check_training(model, opset, file)
+    if opset < FIRST_WITH_CHANNELS:
+        write_group_norms_out(model)
+    hidden = hide_outside(model)
     if opset < MINIMUM_OPSET:
-        if exceeds_one_file(model):
-            raise UnsupportedModelError(
-                f"{str(file)!r} has opset {opset} and is larger than 2 GB, which ONNX's version converter cannot hold; "
-                f"opset {MINIMUM_OPSET} or above is needed. Export it again with opset {RAISED_OPSET}."
-            )
         model = raise_opset(model, opset, file)
-    model = _simplified(model, file)
-    _drop_notes(model)
-    _name_nodes(model)
+    scratch = Spill() if hidden else None
+    model = _simplified(model, hidden, scratch, file)
+    drop_notes(model)
+    name_nodes(model)
     _check(model, file)
-    return PreparedModel(file, model, graph_hash=_graph_hash(model), weights_hash=_weights_hash(model))
+    return PreparedModel(file, model, graph_hash(model), weights_hash(model), scratch)
 
 
-def save_model(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str]) -> None:
+def save_model(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str], *, loads: bool = False) -> None:
     """Write a model atomically; weights go to `NAME.onnx.data` beside it where one file could not hold them.
+
+    Args:
+        model: the model.
+        path: where to.
+        loads: let ONNX Runtime load the file, optimizations off, before it gets its name.
 
     Raises:
         FileAccessError: the folder cannot be written to, or the disk is full.
+        ModelError: ONNX Runtime was to load it and refuses.
     """
-    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     target = Path(path)
-    if not exceeds_one_file(proto):
+    if not exceeds_one_file(model):
         with atomic_path(target) as temporary:
-            temporary.write_bytes(proto.SerializeToString(deterministic=True))
+            temporary.write_bytes(_serialized(model))
+            if loads:
+                make_session(temporary, execution="exact")
         return
     data = target.with_name(target.name + ".data")
     with atomic_path(target) as temporary, atomic_path(data) as weights:  # the data gets its name first
-        ir.save(ir.from_proto(proto), temporary, external_data=weights.name)
+        ir.save(model if isinstance(model, ir.Model) else ir.from_proto(model), temporary, external_data=weights.name)
+        if loads:
+            make_session(temporary, execution="exact")
         _point_to(temporary, weights.name, data.name)
 
 
-def exceeds_one_file(model: onnx.ModelProto) -> bool:
+def exceeds_one_file(model: onnx.ModelProto | ir.Model) -> bool:
     """Tell whether a model is too large for one protobuf message, so that its weights need files of their own."""
+    if isinstance(model, ir.Model):
+        tensors = (value.const_value for value in model.graph.initializers.values())
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) >= PROTOBUF_LIMIT_BYTES
     try:
-        return int(model.ByteSize()) >= PROTOBUF_LIMIT_BYTES
+        return int(model.ByteSize()) + outside_bytes(model) >= PROTOBUF_LIMIT_BYTES
     except Exception:  # above 2 GB protobuf cannot even tell the size; it raises a type of its own
         return True
 
 
 def open_session(
-    model: onnx.ModelProto, *, execution: Execution, threads: int | None = None
+    model: onnx.ModelProto,
+    *,
+    execution: Execution,
+    threads: int | None = None,
+    providers: Sequence[Provider] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session of a model in memory, whatever its size; see `engines.onnxrt.make_session`.
+
+    Weights that are outside are shared with their file. Only where the others exceed what one message holds is
+    everything written to a temporary folder.
 
     Raises:
         ModelError: ONNX Runtime refuses the model.
     """
+    if outside_bytes(model) and _fits_one_message(model):
+        relative, root = rooted(model)
+        settings = {"session.model_external_initializers_file_folder_path": os.fspath(root)}
+        return make_session(
+            relative.SerializeToString(), execution=execution, threads=threads, settings=settings, providers=providers
+        )
     if not exceeds_one_file(model):
-        return make_session(model.SerializeToString(), execution=execution, threads=threads)
+        return make_session(model.SerializeToString(), execution=execution, threads=threads, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save_model(model, file)
-        return make_session(file, execution=execution, threads=threads)
+        return make_session(file, execution=execution, threads=threads, providers=providers)
 
 
 def constant_array(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -197,9 +243,66 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def _with_weights(header: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    """Load the external data of a model; beyond 2 GB, all but the large weights."""
+    try:
+        if initializer_bytes(header) < PROTOBUF_LIMIT_BYTES:
+            onnx.load_external_data_for_model(header, os.fspath(file.parent))
+        else:
+            take_outside(header, file.parent)
+    except ModelError:
+        raise
+    except Exception as error:  # onnx raises ValidationError and protobuf's own types for broken external data
+        line = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"Cannot read the model {str(file)!r}: {line}. Export it again.") from error
+    return header
+
+
+def _simplified(
+    model: onnx.ModelProto, hidden: dict[str, onnx.TensorProto], keep: Spill | None, file: Path
+) -> onnx.ModelProto:
+    """Simplify and fold a model; `hidden` are the weights that the simplifier must not see."""
+    try:
+        with quiet():
+            simple = simplify(model)
+    except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
+        line = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{str(file)!r} cannot be simplified: {line}. Check it with `python -m onnx.checker`, or export it again."
+        ) from error
+    restore_outside(simple, hidden)
+    graph = ir.from_proto(simple)
+    moved = 0 if keep is None else fold_moved_weights(graph, keep)
+    turned = cancel_transposes(graph)
+    if not (moved + turned + write_pads_out(graph) + rename_operators(graph) + fold_affine(graph, keep)):
+        return simple
+    RemoveUnusedNodesPass()(graph)
+    folded = ir.to_proto(graph)
+    # A bias that was added behind a Transpose, say, lies next to its convolution now.
+    return _simplified(folded, hide_outside(folded), keep, file)
+
+
+def _serialized(model: onnx.ModelProto | ir.Model) -> bytes:
+    """Return a model with all of its weights as one message."""
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    if outside_bytes(proto):
+        if proto is model:
+            proto = onnx.ModelProto()
+            proto.CopyFrom(model)
+        bring_inside(proto)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _fits_one_message(model: onnx.ModelProto) -> bool:
+    try:
+        return int(model.ByteSize()) < PROTOBUF_LIMIT_BYTES
+    except Exception:  # see `exceeds_one_file`
+        return False
+
+
 def _check(model: onnx.ModelProto, file: Path) -> None:
     if exceeds_one_file(model):
-        return
+        return  # the checker wants the external data in the current directory
     values = [*model.graph.input, *model.graph.output]
     rankless = [value.type.tensor_type for value in values if not value.type.tensor_type.HasField("shape")]
     for tensor in rankless:
@@ -212,89 +315,6 @@ def _check(model: onnx.ModelProto, file: Path) -> None:
     finally:
         for tensor in rankless:
             tensor.ClearField("shape")
-
-
-def _simplified(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    inputs = list(model.graph.input)
-    try:
-        with quiet():
-            slim = onnxslim.slim(model)
-            inferred = _with_shapes(slim)
-    except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
-        line = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{str(file)!r} cannot be simplified: {line}. Check it with `python -m onnx.checker`, or export it again."
-        ) from error
-    # Inputs that nothing reads are part of the model's interface; the simplifier drops them.
-    kept = {value.name: value for value in inferred.graph.input}
-    del inferred.graph.input[:]
-    inferred.graph.input.extend(kept.get(value.name, value) for value in inputs)
-    return inferred
-
-
-def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not exceeds_one_file(model):
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    large = ir.from_proto(model)
-    ShapeInferencePass(data_prop=True)(large)  # takes the large weights away while it works
-    return ir.to_proto(large)
-
-
-def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
-    """Before IR version 4 every initializer had to be an input too; as inputs they would not be constants."""
-    constants = {initializer.name for initializer in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != len(model.graph.input):
-        del model.graph.input[:]
-        model.graph.input.extend(inputs)
-        model.ir_version = max(model.ir_version, 4)
-
-
-def _drop_notes(model: onnx.ModelProto) -> None:
-    for graph in nested_graphs(model.graph):
-        for item in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
-            item.ClearField("doc_string")
-            item.ClearField("metadata_props")
-        graph.ClearField("doc_string")
-        graph.ClearField("metadata_props")
-    model.ClearField("doc_string")
-
-
-def _name_nodes(model: onnx.ModelProto) -> None:
-    """Give unnamed nodes and doubles a unique name, made from the first output: unique, and known to the user."""
-    taken: set[str] = set()
-    for node in (node for graph in nested_graphs(model.graph) for node in graph.node):
-        if not node.name or node.name in taken:
-            first = next((output for output in node.output if output), "")
-            name = candidate = f"{node.op_type}:{first}"
-            number = 1
-            while candidate in taken:
-                number += 1
-                candidate = f"{name}:{number}"
-            node.name = candidate
-        taken.add(node.name)
-
-
-def _graph_hash(model: onnx.ModelProto) -> str:
-    digest = hashlib.sha256()
-    for node in model.graph.node:
-        digest.update(node.SerializeToString(deterministic=True))
-    for value in [*model.graph.input, *model.graph.output]:
-        digest.update(value.SerializeToString(deterministic=True))
-    for opset in sorted(model.opset_import, key=lambda entry: entry.domain):
-        digest.update(opset.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def _weights_hash(model: onnx.ModelProto) -> str:
-    digest = hashlib.sha256()
-    for initializer in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
-        digest.update(repr((initializer.name, initializer.data_type, list(initializer.dims))).encode())
-        if initializer.data_type == onnx.TensorProto.STRING:
-            digest.update(b"".join(initializer.string_data))
-        else:  # the values, however the file stores them: the same weights in external data are the same weights
-            digest.update(np.ascontiguousarray(onnx.numpy_helper.to_array(initializer)).tobytes())
-    return digest.hexdigest()
 
 
 def _point_to(path: Path, old: str, new: str) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Execution = Literal["exact", "native"]
 
+Provider = str | tuple[str, Mapping[str, Any]]
+"""An execution provider of ONNX Runtime by its name, or with options."""
+
 TARGET_KEY = "trt_int8.target"
 """Metadata key of our models: the target ("tensorrt" or "cpu") that the Q/DQ nodes were placed for."""
 
@@ -149,8 +152,9 @@ def make_session(
     threads: int | None = None,
     optimized_model: Path | None = None,
     settings: Mapping[str, str] | None = None,
+    providers: Sequence[Provider] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
-    """Make an ONNX Runtime session on the CPU.
+    """Make an ONNX Runtime session, on the CPU if nothing else is said.
 
     Args:
         model: a file, or a serialised model.
@@ -158,6 +162,7 @@ def make_session(
         threads: threads inside an operator; None takes ONNX Runtime's default.
         optimized_model: where the graph is written as ONNX Runtime optimises it; None for nowhere.
         settings: further entries of the session's configuration.
+        providers: what runs the nodes, in the order in which they are asked.
 
     Raises:
         ModelError: ONNX Runtime refuses the model.
@@ -181,7 +186,7 @@ def make_session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     source: Any = model if isinstance(model, bytes) else os.fspath(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime raises its own classes, which share no base
         what = "the model" if isinstance(model, bytes) else repr(os.fspath(model))
         raise ModelError(f"ONNX Runtime cannot load {what}: {_first_line(error)}") from error

@@ -56,7 +56,9 @@ def export_configured(
         return export_onnx(model, {}, output, opset=config.opset, track=track)
     specs = [item.spec() for item in config.inputs]
     if data is None:
-        inputs: Mapping[str, Array] = random_feeds(specs, SAMPLES)
+        inputs: Mapping[str, Array] = random_feeds(
+            specs, SAMPLES, built_for={item.name: item.shape for item in config.inputs}
+        )
     else:
         source = open_data(data, specs, batch_size=batch_size, preprocessing=preprocessing)
         inputs = _first_samples(source, specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
 import subprocess
 import sys
@@ -200,6 +201,29 @@ class TestFolding:
         model.graph.outputs[0].name = "renamed"
 
         assert prepared.proto.SerializeToString() == before
+
+
+class TestLargeGraphs:
+    """Thousands of nodes."""
+
+    def test_the_work_grows_as_the_graph_does(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Four times the nodes of a residual chain cost about four times the calls of Python functions."""
+        calls = []
+        for blocks in (30, 120):
+            graph = graph_builder()
+            x = graph.input("x", ("N", 2, 4, 4))
+            for _ in range(blocks):
+                y = graph.node("Relu", [graph.conv(x, (2, 2), kernel=1)])
+                x = graph.node("Relu", [graph.node("Add", [graph.conv(y, (2, 2), kernel=1), x])])
+            path = graph.save(tmp_path / f"{blocks}.onnx", [x])
+            profile = cProfile.Profile()
+            profile.enable()
+            prepared = prepare(path)
+            profile.disable()
+            assert len(prepared.proto.graph.node) == 5 * blocks
+            calls.append(sum(entry.callcount for entry in profile.getstats()))
+
+        assert calls[1] < 5 * calls[0]
 
 
 class TestNames:

@@ -53,7 +53,7 @@ class TestRunner:
         runner = OnnxRuntimeRunner(tiny_model)
 
         assert [str(spec) for spec in runner.inputs] == ["input: float32 (batch, 3, 8, 8)"]
-        assert [str(spec) for spec in runner.outputs] == ["logits: float32 (batch, 7)"]
+        assert [str(spec) for spec in runner.outputs] == ["logits: float32 (batch, 16)"]
         assert runner.name == "tiny.onnx"
         assert OnnxRuntimeRunner(tiny_model, name="FP32").name == "FP32"
 
