@@ -17,8 +17,9 @@ from calibrators.convergence import History, history_from_json, history_to_json
 from calibrators.entropy import entropy_amax
 from calibrators.errors import CacheFormatError, CalibrationError
 from calibrators.histogram import MagnitudeHistogram
-from calibrators.histogram_file import load_histograms, save_histograms
+from calibrators.histogram_file import load_histograms, save_histograms, save_ranges
 from calibrators.input_statistics import Inputs, InputStatistics, ValueStatistics, merge_inputs
+from calibrators.magnitude_range import MagnitudeRange
 from calibrators.mse import mse_amax
 from calibrators.numerics import scale_from_amax
 from calibrators.percentile import check_percentile, percentile_amax
@@ -100,7 +101,7 @@ class Calibration:
 
     def __init__(
         self,
-        histograms: Mapping[str, MagnitudeHistogram],
+        histograms: Mapping[str, MagnitudeHistogram] | Mapping[str, MagnitudeRange],
         fingerprint: Fingerprint,
         input_shapes: InputShapes | None = None,
         *,
@@ -111,7 +112,7 @@ class Calibration:
         """Take the histograms of all tensors, in graph order.
 
         Args:
-            histograms: by tensor name.
+            histograms: by tensor name; or ranges, for min-max alone.
             fingerprint: the model and the data that they were made from.
             input_shapes: model input to the shapes that were fed, each with its number of batches; None where they were
                 not kept.
@@ -128,7 +129,7 @@ class Calibration:
                     f"Cannot calibrate tensor {name!r}: {histogram.nonfinite} of its values are NaN or infinite; "
                     "expected finite activations."
                 )
-        self._histograms = dict(histograms)
+        self._histograms: dict[str, MagnitudeHistogram | MagnitudeRange] = dict(histograms)
         self._fingerprint = fingerprint
         self._input_shapes = {name: dict(sorted(shapes.items())) for name, shapes in (input_shapes or {}).items()}
         self._input_statistics = dict(input_statistics or {})
@@ -164,7 +165,7 @@ class Calibration:
 
     @property
     def convergence(self) -> History:
-        """Method to tensor to ((batches, scale), ...): the scales after 1, 2, 4, ... batches and at the end.
+        """Method to tensor to ((batches, scale), ...): the scales at the last doublings (32, 64, ...) and at the end.
 
         `calibrators.convergence.judge` says whether they have settled. The percentile is the default one. Empty for a
         merged calibration, as data without an order have no history, and where the file does not tell.
@@ -175,6 +176,17 @@ class Calibration:
     def settings(self) -> Settings:
         """What the pass was told, beside the model and the data; empty for a merged calibration."""
         return MappingProxyType(self._settings)
+
+    @property
+    def statistics(self) -> str:
+        """What was kept of each tensor: "histogram", which serves every method, or "minmax", its range alone."""
+        ranges = any(isinstance(found, MagnitudeRange) for found in self._histograms.values())
+        return "minmax" if ranges else "histogram"
+
+    @property
+    def searches(self) -> tuple[str, ...]:
+        """Those of `SEARCHES` that it can serve."""
+        return ("minmax",) if self.statistics == "minmax" else SEARCHES
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -192,16 +204,34 @@ class Calibration:
         digest = hashlib.sha256(json.dumps(asdict(self._fingerprint), sort_keys=True).encode())
         for name, histogram in self._histograms.items():
             digest.update(f"{name}\0{histogram.minimum!r}\0{histogram.maximum!r}\0{histogram.zeros}\0".encode())
-            digest.update(histogram.bins.tobytes())
-            digest.update(histogram.counts.tobytes())
+            if isinstance(histogram, MagnitudeHistogram):
+                digest.update(histogram.bins.tobytes())
+                digest.update(histogram.counts.tobytes())
+            else:
+                digest.update(f"{histogram.count}\0".encode())
         return digest.hexdigest()
 
     def histogram(self, tensor: str) -> MagnitudeHistogram:
         """Return the histogram of one tensor.
 
         Raises:
+            CalibrationError: the calibration has no such tensor, or holds ranges alone.
+        """
+        found = self._magnitudes(tensor)
+        if isinstance(found, MagnitudeRange):
+            raise CalibrationError(_only_ranges(f"the histogram of {tensor!r}"))
+        return found
+
+    def magnitude_range(self, tensor: str) -> MagnitudeRange:
+        """Return the range of one tensor, with its counts.
+
+        Raises:
             CalibrationError: the calibration has no such tensor.
         """
+        found = self._magnitudes(tensor)
+        return found if isinstance(found, MagnitudeRange) else MagnitudeRange.of(found)
+
+    def _magnitudes(self, tensor: str) -> MagnitudeHistogram | MagnitudeRange:
         try:
             return self._histograms[tensor]
         except KeyError:
@@ -214,8 +244,8 @@ class Calibration:
 
     def range(self, tensor: str) -> tuple[float, float]:
         """Return the smallest and the largest value of a tensor, signed and exact."""
-        histogram = self.histogram(tensor)
-        return histogram.minimum, histogram.maximum
+        found = self._magnitudes(tensor)
+        return found.minimum, found.maximum
 
     def amax(self, method: str = DEFAULT_METHOD, percentile: float = DEFAULT_PERCENTILE) -> dict[str, float]:
         """Return the threshold of every tensor: the magnitude that becomes code 127, larger ones saturate.
@@ -232,9 +262,12 @@ class Calibration:
             Tensor name to threshold in the tensor's unit; 0.0 for a tensor that is always zero.
 
         Raises:
-            CalibrationError: there is no such method, or the percentile is out of range.
+            CalibrationError: there is no such method, or the percentile is out of range; or the calibration holds
+                ranges alone, and the method is not "minmax".
         """
         search, key = _search(method, percentile)
+        if key[0] not in self.searches:
+            raise CalibrationError(_only_ranges(f"the scales of method {method!r}"))
         if key not in self._thresholds:
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the searches release the GIL
                 found = pool.map(search, self._histograms.values())
@@ -263,17 +296,24 @@ class Calibration:
                 f"Cannot merge the calibrations: {len(unshared)} tensors are in only one, such as {unshared[0]!r}; "
                 "expected the same tensors in both. Calibrate both with the same --tensors."
             )
-        histograms = {name: histogram.merge(other._histograms[name]) for name, histogram in self._histograms.items()}
+        if self.statistics != other.statistics:
+            raise CalibrationError(
+                f"Cannot merge the calibrations: one holds {_KEPT[self.statistics]} and the other "
+                f"{_KEPT[other.statistics]}; expected the same. Calibrate both with the same --statistics."
+            )
+        histograms = {name: _merged(found, other._histograms[name]) for name, found in self._histograms.items()}
         shapes = {name: Counter(counts) for name, counts in self._input_shapes.items()}
         for name, counts in other._input_shapes.items():
             shapes.setdefault(name, Counter()).update(counts)
         inputs = merge_inputs(self._input_statistics, other._input_statistics)
-        return Calibration(histograms, fingerprint, shapes, input_statistics=inputs)
+        merged_histograms, merged_ranges = _separate(histograms)
+        return Calibration(merged_ranges or merged_histograms, fingerprint, shapes, input_statistics=inputs)
 
     def annotated(self, *, convergence: History | None = None, settings: Settings | None = None) -> Calibration:
         """Return the same statistics with another history of their scales, or other settings; None leaves them."""
+        histograms, ranges = _separate(self._histograms)
         other = Calibration(
-            self._histograms,
+            ranges or histograms,
             self._fingerprint,
             self._input_shapes,
             input_statistics=self._input_statistics,
@@ -302,7 +342,11 @@ class Calibration:
             "convergence": history_to_json(self._convergence, self.tensors),
             "settings": self._settings,
         }
-        save_histograms(path, self._histograms, description)
+        histograms, ranges = _separate(self._histograms)
+        if ranges:
+            save_ranges(path, ranges, description)
+        else:
+            save_histograms(path, histograms, description)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -329,7 +373,35 @@ class Calibration:
             ) from error
 
 
-def _search(method: str, percentile: float) -> tuple[Callable[[MagnitudeHistogram], float], tuple[str, float]]:
+_KEPT = {"histogram": "histograms", "minmax": "ranges alone"}
+
+
+def _only_ranges(wanted: str) -> str:
+    return (
+        f"The calibration cannot give {wanted}: it holds ranges alone, as it was made with --statistics minmax; "
+        "expected histograms. Use --method minmax, or calibrate again without --statistics minmax."
+    )
+
+
+def _merged(
+    one: MagnitudeHistogram | MagnitudeRange, other: MagnitudeHistogram | MagnitudeRange
+) -> MagnitudeHistogram | MagnitudeRange:
+    if isinstance(one, MagnitudeHistogram) and isinstance(other, MagnitudeHistogram):
+        return one.merge(other)
+    if isinstance(one, MagnitudeRange) and isinstance(other, MagnitudeRange):
+        return one.merge(other)
+    raise AssertionError("a histogram and a range cannot be merged")
+
+
+def _separate(
+    found: Mapping[str, MagnitudeHistogram | MagnitudeRange],
+) -> tuple[dict[str, MagnitudeHistogram], dict[str, MagnitudeRange]]:
+    histograms = {name: part for name, part in found.items() if isinstance(part, MagnitudeHistogram)}
+    ranges = {name: part for name, part in found.items() if isinstance(part, MagnitudeRange)}
+    return histograms, ranges
+
+
+def _search(method: str, percentile: float) -> tuple[Callable[[Any], float], tuple[str, float]]:
     """Return the function that finds a tensor's threshold, and the key under which its results are kept."""
     match method:
         case "minmax":

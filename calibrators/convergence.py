@@ -1,7 +1,8 @@
 """Whether there were enough data: how each scale moved while the batches came in.
 
 The scale of every tensor by every method is kept when the number of batches has doubled (1, 2, 4, ...) and at the end.
-A scale that the last doubling of the data did not move will hardly be moved by the next one.
+A scale that the last doubling of the data did not move will hardly be moved by the next one. Of a long stream only the
+last doublings are kept: finding the scales takes as long as some batches do.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ TOLERANCE = 0.01
 
 LEAST_BATCHES = 32
 """Fewer batches agree by chance too easily to stop there."""
+
+KEPT = 32
+"""Scales after fewer batches than this part of the stream are not kept: six points of a thousand batches."""
 
 _DOUBLED = 1.9
 """1000 batches, the usual number, count as twice 512."""
@@ -70,9 +74,25 @@ class Convergence:
         )
 
 
-def is_doubling(batches: int) -> bool:
-    """Tell whether scales are kept at this number of batches: 1, 2, 4, ..."""
-    return batches > 0 and batches & (batches - 1) == 0
+def is_point(batches: int, total: int | None = None) -> bool:
+    """Tell whether scales are kept at this number of batches: at 1, 2, 4, ..., within the last doublings of the stream.
+
+    Args:
+        batches: so far.
+        total: of the whole stream; None where it is not known, and the end has to tell (`trimmed`).
+    """
+    return batches > 0 and batches & (batches - 1) == 0 and (total is None or _is_kept(batches, total))
+
+
+def trimmed(history: History) -> dict[str, dict[str, Points]]:
+    """Return the points of a whole stream that are kept, whether or not its length was known before."""
+    end = last_point(history)
+    return {
+        method: {
+            tensor: tuple(point for point in points if _is_kept(point[0], end)) for tensor, points in found.items()
+        }
+        for method, found in history.items()
+    }
 
 
 def extended(history: History, batches: int, scales: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Points]]:
@@ -145,6 +165,10 @@ def history_from_json(values: Mapping[str, Any], tensors: Sequence[str]) -> dict
         }
         for method, rows in values["scales"].items()
     }
+
+
+def _is_kept(batches: int, total: int) -> bool:
+    return KEPT * batches >= total
 
 
 def _scale(value: Any) -> float:

@@ -19,7 +19,21 @@ Where implementations differ, this one does the following:
 - The threshold is the centre of the first bin that saturates, (i + 0.5) * width, as in TensorRT's calibration caches. A
   tensor that is not saturated gets one a little above its largest value, by one and a half bins at most.
 
-The search looks at the shape of the distribution and not at the size of errors. A tensor with a handful of distinct
+Few values make a ragged histogram, whatever the tensor's distribution: bins of one level differ by chance, a wide range
+merges more of them, and the search would saturate a tensor only to tell its noise apart. So it begins where there is
+something to be gained: where the unsaturated candidate loses more than chance alone takes. If the values of a level
+were spread evenly, N of them in K non-empty bins and L non-empty levels would leave on average (the bias of an entropy
+that is estimated from counts, K - L of its terms being free)
+
+    KL(P || Q) = (K - L) / 2N
+
+S. S. Wilks, "The large-sample distribution of the likelihood ratio for testing composite hypotheses", 1938: 2N KL has
+the chi-squared distribution of K - L degrees of freedom. G. A. Miller, "Note on the bias of information estimates",
+1955. Where the divergence of the full range is no larger, the tensor is not saturated. The term falls with 1 / N: it
+decides for a classifier's input or its logits, and leaves the feature maps of a calibration set to the search.
+TensorRT's own calibrator saturates such tensors.
+
+The search looks at the shape of the distribution and not at the size of errors. A tensor with a handful of frequent
 values may lose the largest of them, since a few spikes fit a few levels perfectly; minmax or mse suit it better.
 """
 
@@ -45,14 +59,29 @@ def entropy_amax(histogram: MagnitudeHistogram) -> float:
     """Return the threshold with the least loss of information.
 
     Returns:
-        The threshold in the tensor's unit; 0.0 for a tensor that is always zero. A subnormal tensor that fills fewer
-        than 128 bins is not saturated.
+        The threshold in the tensor's unit; 0.0 for a tensor that is always zero. A tensor whose full range loses no
+        more than chance takes is not saturated, nor is a subnormal one that fills fewer than 128 bins.
     """
     linear = histogram.linear()
     if not linear.counts.size:
         return 0.0
-    kept = least_divergent(linear.counts) if linear.counts.size >= LEVELS else linear.counts.size
+    whole = linear.counts.size < LEVELS or is_within_noise(linear.counts)
+    kept = linear.counts.size if whole else least_divergent(linear.counts)
     return (kept + 0.5) * linear.width
+
+
+def is_within_noise(counts: NDArray[np.int64]) -> bool:
+    """Tell whether the full range loses no more than chance alone takes: KL(P || Q) <= (K - L) / 2N.
+
+    Args:
+        counts: int64, shape (bins,) with at least 128 bins, of a linear histogram; the last is not 0.
+    """
+    sums = _prefix_sums(counts)
+    _, mass_below, filled_below, _ = sums
+    starts = -(-np.arange(LEVELS + 1) * counts.size // LEVELS)
+    levels = np.count_nonzero(np.diff(filled_below[starts]))
+    noise = (filled_below[-1] - levels) / (2 * mass_below[-1])
+    return bool(_divergence(counts.size, *sums) <= noise)
 
 
 def least_divergent(counts: NDArray[np.int64]) -> int:

@@ -1,4 +1,4 @@
-"""Histograms of many tensors in one `.npz` file.
+"""Histograms of many tensors, or their ranges, in one `.npz` file.
 
 The arrays of all tensors are laid end to end; tensor k owns the entries offsets[k] to offsets[k + 1] of `bins` and
 `counts`:
@@ -8,6 +8,9 @@ The arrays of all tensors are laid end to end; tensor k owns the entries offsets
     bins      int32 (n,)       non-empty bins of finite magnitudes, ascending within a tensor
     counts    int64 (n,)
     minimum, maximum  float32 (T,)      zeros, nonfinite  int64 (T,)
+
+Version 2 of the format holds ranges alone (`calibrators.magnitude_range`): `count`, int64 (T,), instead of `offsets`,
+`bins` and `counts`. Files of histograms stay at version 1.
 
 Nothing in it is pickled. Entries carry a fixed date, so that equal content gives equal bytes.
 """
@@ -19,7 +22,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +30,18 @@ from numpy.typing import NDArray
 
 from calibrators.errors import CacheFormatError
 from calibrators.files import atomic_path, read_bytes
-from calibrators.histogram import MagnitudeHistogram
+from calibrators.histogram import FINITE_BINS, MagnitudeHistogram
+from calibrators.magnitude_range import MagnitudeRange
 
 FORMAT = "trt-int8 calibration"
 VERSION = 1
+RANGES_VERSION = 2
+
+_LARGEST_HEADER = 256 * 2**20
+"""Bytes; the description of a thousand tensors takes one million."""
+
+_LARGEST_NPY_HEADER = 10_000
+"""Bytes; what numpy itself takes for safe."""
 
 _EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _COMPRESSION = 1
@@ -45,13 +56,34 @@ def save_histograms(
     Raises:
         FileAccessError: the file cannot be written.
     """
-    header = {"format": FORMAT, "version": VERSION, "tensors": list(histograms), **description}
     parts = list(histograms.values())
     arrays: dict[str, NDArray[Any]] = {
-        "header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8),
         "offsets": np.cumsum([0, *(part.bins.size for part in parts)], dtype=np.int64),
         "bins": np.concatenate([np.zeros(0, np.int32), *(part.bins for part in parts)]),
         "counts": np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
+    }
+    _save(path, {"version": VERSION, "tensors": list(histograms), **description}, arrays, parts)
+
+
+def save_ranges(
+    path: str | os.PathLike[str], ranges: Mapping[str, MagnitudeRange], description: Mapping[str, Any]
+) -> None:
+    """Write the ranges of all tensors; as `save_histograms`."""
+    parts = list(ranges.values())
+    arrays: dict[str, NDArray[Any]] = {"count": np.array([part.count for part in parts], dtype=np.int64)}
+    _save(path, {"version": RANGES_VERSION, "tensors": list(ranges), **description}, arrays, parts)
+
+
+def _save(
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    parts: Sequence[MagnitudeHistogram | MagnitudeRange],
+) -> None:
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
+    arrays = {
+        "header": np.frombuffer(text.encode(), dtype=np.uint8),
+        **arrays,
         "minimum": np.array([part.minimum for part in parts], dtype=np.float32),
         "maximum": np.array([part.maximum for part in parts], dtype=np.float32),
         "zeros": np.array([part.zeros for part in parts], dtype=np.int64),
@@ -65,11 +97,14 @@ def save_histograms(
             archive.writestr(entry, stream.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION)
 
 
-def load_histograms(path: str | os.PathLike[str]) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
-    """Read what `save_histograms` wrote.
+Loaded = dict[str, MagnitudeHistogram] | dict[str, MagnitudeRange]
+
+
+def load_histograms(path: str | os.PathLike[str]) -> tuple[Loaded, dict[str, Any]]:
+    """Read what `save_histograms` or `save_ranges` wrote.
 
     Returns:
-        The histograms by tensor name, and the whole header, which holds the description.
+        The histograms or ranges by tensor name, and the whole header, which holds the description.
 
     Raises:
         FileAccessError: there is no such file, or it cannot be read.
@@ -93,19 +128,23 @@ _UNREADABLE = (
 )
 
 
-def _parse(data: bytes) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
+def _parse(data: bytes) -> tuple[Loaded, dict[str, Any]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         header = json.loads(_read_array(archive, "header", np.uint8).tobytes())
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError("its header is not that of a calibration")
-        if header.get("version") != VERSION:
+        version = header.get("version")
+        if version not in (VERSION, RANGES_VERSION):
             raise ValueError(
-                f"it has format version {header.get('version')} and this version of trt-int8 reads version {VERSION}"
+                f"it has format version {version} and this version of trt-int8 reads versions {VERSION} and "
+                f"{RANGES_VERSION}"
             )
         names = header["tensors"]
+        if version == RANGES_VERSION:
+            return _ranges(archive, names), header
         offsets = _read_array(archive, "offsets", np.int64, len(names) + 1)
-        if offsets[0] != 0 or np.any(np.diff(offsets) < 0):
-            raise ValueError("its offsets do not ascend from 0")
+        if offsets[0] != 0 or np.any(np.diff(offsets) < 0) or np.any(np.diff(offsets) > FINITE_BINS):
+            raise ValueError("its offsets do not ascend from 0 in steps that histograms have")
         bins = _read_array(archive, "bins", np.int32, offsets[-1])
         counts = _read_array(archive, "counts", np.int64, offsets[-1])
         minimum = _read_array(archive, "minimum", np.float32, len(names))
@@ -129,10 +168,36 @@ def _parse(data: bytes) -> tuple[dict[str, MagnitudeHistogram], dict[str, Any]]:
     return histograms, header
 
 
+def _ranges(archive: zipfile.ZipFile, names: Sequence[str]) -> dict[str, MagnitudeRange]:
+    count, zeros, nonfinite = (
+        _read_array(archive, what, np.int64, len(names)) for what in ("count", "zeros", "nonfinite")
+    )
+    minimum, maximum = (_read_array(archive, what, np.float32, len(names)) for what in ("minimum", "maximum"))
+    ranges = {
+        str(name): MagnitudeRange(
+            int(count[k]), float(minimum[k]), float(maximum[k]), zeros=int(zeros[k]), nonfinite=int(nonfinite[k])
+        )
+        for k, name in enumerate(names)
+    }
+    if len(ranges) != len(names):
+        raise ValueError("it names a tensor twice")
+    return ranges
+
+
 def _read_array(archive: zipfile.ZipFile, name: str, dtype: type[np.generic], size: int | None = None) -> NDArray[Any]:
-    # The entry is read whole before numpy parses it, so that its checksum is known to be right.
-    stream = io.BytesIO(archive.read(f"{name}.npy"))
-    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-    if array.dtype != dtype or array.ndim != 1 or (size is not None and array.size != size):
-        raise ValueError(f"its array {name!r} is {array.dtype}{list(array.shape)}")
-    return array
+    """Read one array, of so many entries where that is known; what it says of its size is not believed."""
+    expected = np.dtype(dtype)
+    limit = _LARGEST_HEADER if size is None else int(size) * expected.itemsize + _LARGEST_NPY_HEADER
+    length = archive.getinfo(f"{name}.npy").file_size
+    if length > limit:
+        raise ValueError(f"its array {name!r} takes {length} bytes, more than the {limit} that it could need")
+    # The entry is read whole before it is parsed, so that its checksum is known to be right.
+    content = archive.read(f"{name}.npy")
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"its array {name!r} is of another version of numpy's format")
+    shape, _, found = np.lib.format.read_array_header_1_0(stream)
+    held = (length - stream.tell()) // expected.itemsize
+    if found != expected or shape != (held if size is None else size,) or shape != (held,):
+        raise ValueError(f"its array {name!r} is {found}{list(shape)}")
+    return np.frombuffer(content, expected, held, stream.tell())

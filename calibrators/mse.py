@@ -15,8 +15,8 @@ Values are taken as spread evenly over their bin. Then E is a quadratic within e
 bins as coefficients, and a threshold costs 127 short evaluations however many bins there are.
 
 Saturation alone, V(t) = sum of max(x - t, 0)**2, bounds error(t) from below and grows as t falls. The search goes
-down from the largest magnitude and ends as soon as V has reached the least error found, since no smaller threshold
-can be better. It thus goes as many octaves down as the tail of the tensor calls for.
+down from the largest magnitude and ends where V has reached the least error found, since no smaller threshold can be
+better. It thus goes as far down as the tail of the tensor calls for.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ outnumber the outliers by 2**40: fewer lose less when all of them are rounded to
 _RESOLVED_OCTAVES = _SEARCHED_OCTAVES + 8
 """The lowest rounding boundary, t / 254, is not quite 8 octaves below the threshold."""
 
+_STRIDE = 16
+
 
 def mse_amax(histogram: MagnitudeHistogram) -> float:
     """Return the threshold with the least expected squared error, among all edges of bins and the exact maximum.
@@ -52,7 +54,11 @@ def mse_amax(histogram: MagnitudeHistogram) -> float:
     for stop in range(tail.edges.size, tail.lowest_threshold, -BINS_PER_OCTAVE):
         if tail.saturation[stop - 1] >= least:
             break
-        thresholds = tail.edges[max(stop - BINS_PER_OCTAVE, tail.lowest_threshold) : stop]
+        start = max(stop - BINS_PER_OCTAVE, tail.lowest_threshold)
+        # A few thresholds tell how far down the others of this octave need be tried.
+        reached = min(least, tail.errors(tail.edges[start:stop:_STRIDE]).min())
+        start += int(np.count_nonzero(tail.saturation[start : stop - 1] > reached))
+        thresholds = tail.edges[start:stop]
         errors = tail.errors(thresholds)
         winner = int(np.argmin(errors))
         if errors[winner] < least:

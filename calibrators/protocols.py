@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from calibrators.histogram import MagnitudeHistogram  # imports numba, which takes its time
+
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.floating[Any]]
@@ -103,6 +107,66 @@ class ConcurrentSource(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupedSource(ConcurrentSource, Protocol):
+    """Runs a model piece by piece, each piece on a few batches in turn, while its weights are in the cache."""
+
+    @property
+    def group_size(self) -> int:
+        """Number of batches that are best run together now; it may change while batches are run."""
+        ...
+
+    def run_group(self, first: int, batches: Sequence[CalibrationBatch], take: Callable[[Activations], None]) -> None:
+        """Run the model on consecutive batches; what it gives does not depend on how they are grouped.
+
+        Args:
+            first: index of the first batch in the stream, counted from 0.
+            batches: one or more.
+            take: is handed the activations of one batch and piece, while they are in the cache: some of the tensors,
+                each once for every batch. They are valid until it returns. If it raises, neither this batch nor a later
+                one is run any further.
+
+        Raises:
+            Exception: what the first of the batches that failed raised.
+        """
+        ...
+
+
+@runtime_checkable
+class CountingSource(Protocol):
+    """Runs a model where its activations cannot be reached, and counts them there; one batch at a time."""
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Names of the tensors that are counted, in graph order."""
+        ...
+
+    def batches(self) -> Iterator[CalibrationBatch]:
+        """Read the stream once."""
+        ...
+
+    def start(self, index: int, batch: CalibrationBatch) -> None:
+        """Begin to run and to count a batch; the one before is finished.
+
+        Args:
+            index: of the batch in the stream, counted from 0.
+            batch: the batch.
+        """
+        ...
+
+    def finish(self) -> Activations:
+        """Wait for the batch that was begun, and return what is known of it; without values."""
+        ...
+
+    def histograms(self) -> Mapping[str, MagnitudeHistogram]:
+        """Return the counts of all batches so far, which are finished."""
+        ...
+
+    def producer(self, tensor: str) -> str:
+        """Name the node that produces `tensor`, or say that it is a model input; for messages."""
+        ...
+
+
 class CalibrationBatch(Protocol):
     """One batch of calibration data. Its arrays stay as they are when further batches are read."""
 
@@ -114,6 +178,11 @@ class CalibrationBatch(Protocol):
     @property
     def samples(self) -> int:
         """Number of real samples; rows beyond it are padding."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, Array]:
+        """Other arrays of the batch by name, a row for each real sample; asked for where padding is left out."""
         ...
 
 

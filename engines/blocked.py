@@ -3,8 +3,9 @@
 On the CPU, ONNX Runtime keeps the tensors between convolutions in blocks of channels (NCHWc: N, C / block, H, W,
 block), and every graph output is put back into the order of ONNX by a `ReorderOutput` node, which costs more than
 counting the values. A histogram does not depend on their order. So the graph that ONNX Runtime has optimised is written
-to a temporary folder, each output made by such a node is replaced by what goes into the node, and the result is loaded
-with optimization off: the nodes that compute are the same, and so are the values to the bit.
+to a temporary folder, and each output made by such a node is replaced by what goes into the node. The result is cut
+into pieces (`engines.pieces`), which are loaded with optimization off: the nodes that compute are the same, and so are
+the values to the bit.
 
 The optimised graph is made for this processor and this version of ONNX Runtime; it is made anew by each process and not
 kept. Where a step fails or a form is not the known one, there is no such session, and the caller takes the plain way.
@@ -19,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -29,13 +29,9 @@ from calibrators.errors import TrtInt8Error
 from calibrators.protocols import Array
 from engines.graph import exceeds_one_file, save_model
 from engines.onnxrt import make_session
-
-if TYPE_CHECKING:
-    import onnxruntime
+from engines.pieces import BLOCKED_DOMAIN, Piece, open_pieces, tensor_sizes
 
 _log = logging.getLogger(__name__)
-
-_DOMAIN = "com.microsoft.nchwc"
 
 _EXTERNAL_BYTES = 1024
 """Weights from this size on are written beside the optimised graph, so that editing it does not load them."""
@@ -56,19 +52,19 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class BlockedSession:
-    """A session that hands activations out as ONNX Runtime holds them.
+    """A model that hands activations out as ONNX Runtime holds them.
 
     Attributes:
-        session: of the optimised graph.
+        pieces: of the optimised graph, in order.
         blocked: tensor to the output that holds it in blocks; the others have outputs of their own name.
     """
 
-    session: onnxruntime.InferenceSession
+    pieces: Sequence[Piece]
     blocked: Mapping[str, Blocked]
 
 
 def open_blocked_session(exposed: onnx.ModelProto, tensors: Sequence[str], *, threads: int) -> BlockedSession | None:
-    """Make a session whose outputs are `tensors`, in blocks where ONNX Runtime computes them so.
+    """Open a model, cut into pieces, that hands out `tensors`, in blocks where ONNX Runtime computes them so.
 
     Args:
         exposed: a model that has all of `tensors` among its outputs. How ONNX Runtime fuses its nodes, and with it the
@@ -77,19 +73,22 @@ def open_blocked_session(exposed: onnx.ModelProto, tensors: Sequence[str], *, th
         threads: threads inside an operator.
 
     Returns:
-        The session; None where nothing would be gained, or something is not as expected.
+        Its pieces; None where nothing would be gained, or something is not as expected.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="trt-int8-") as folder:
             model = _optimised(exposed, Path(folder), threads)
             blocked = _without_reordering(model, tensors)
-            if not blocked and len(tensors) == len(exposed.graph.output):
-                return None
             if any(found.channels % 16 for found in blocked.values()) and channels_per_block() is None:
                 return None
-            file = Path(folder) / "blocked.onnx"
-            file.write_bytes(model.SerializeToString())
-            return BlockedSession(make_session(file, execution="exact", threads=threads), blocked)
+            known = tensor_sizes(model.graph)
+            sizes = {
+                blocked[name].output if name in blocked else name: known[name] for name in tensors if name in known
+            }
+            pieces = open_pieces(model, Path(folder), sizes, threads=threads)
+            if not blocked and len(pieces) == 1 and len(tensors) == len(exposed.graph.output):
+                return None
+            return BlockedSession(pieces, blocked)
     except (TrtInt8Error, OSError, ValueError) as error:
         _log.debug("activations are taken in ONNX's layout: %s", error)
         return None
@@ -126,12 +125,12 @@ def channels_per_block() -> int | None:
     """
     channels = 64
     graph = helper.make_graph(
-        [helper.make_node("ReorderInput", ["x"], ["y"], domain=_DOMAIN)],
+        [helper.make_node("ReorderInput", ["x"], ["y"], domain=BLOCKED_DOMAIN)],
         "probe",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, 1, 2])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(_DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(BLOCKED_DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     x = np.arange(2 * channels, dtype=np.float32).reshape(1, channels, 1, 2)
     try:
@@ -197,7 +196,7 @@ def _without_reordering(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[
 
 def _reordered_channels(node: onnx.NodeProto) -> int | None:
     """Return the channels of what a node puts back into ONNX's order; None for any other node."""
-    if node.domain != _DOMAIN or node.op_type != "ReorderOutput" or len(node.input) != 1:
+    if node.domain != BLOCKED_DOMAIN or node.op_type != "ReorderOutput" or len(node.input) != 1:
         return None
     attributes: dict[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
     if (

@@ -39,6 +39,16 @@ def activation_bytes(
     return {name: _bytes(*found[name]) if name in found else None for name in tensors}
 
 
+def inferred_shapes(prepared: PreparedModel, fed: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all values whose shape the graph tells.
+
+    Args:
+        prepared: the model.
+        fed: model input to the shape that is fed.
+    """
+    return {name: tuple(shape) for name, (_, shape) in _shapes(prepared, fed).items()}
+
+
 def split_tensors(sizes: Mapping[str, int | None], limit: int) -> list[list[str]]:
     """Share tensors out over the fewest passes that a simple rule finds, so that those of one pass fit a limit.
 

@@ -14,9 +14,10 @@ from calibrators.convergence import (
     extended,
     history_from_json,
     history_to_json,
-    is_doubling,
+    is_point,
     judge,
     last_point,
+    trimmed,
 )
 
 
@@ -27,7 +28,18 @@ def history(counts: list[int], **scales: list[float]) -> History:
 
 def test_doublings() -> None:
     """1, 2, 4, 8, ..."""
-    assert [count for count in range(70) if is_doubling(count)] == [1, 2, 4, 8, 16, 32, 64]
+    assert [count for count in range(70) if is_point(count)] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_of_a_long_stream_the_last_doublings_are_kept() -> None:
+    """Five before the last batch or six, and the same whether or not the length was known before."""
+    known = [count for count in range(1001) if is_point(count, 1000)]
+    counts = [count for count in range(1001) if is_point(count)]
+    kept = trimmed(history([*counts, 1000], a=[1.0] * 11))
+
+    assert known == [32, 64, 128, 256, 512]
+    assert [count for count, _ in kept["entropy"]["a"]] == [*known, 1000]
+    assert [count for count in range(33) if is_point(count, 32)] == [1, 2, 4, 8, 16, 32]
 
 
 def test_points_are_added_at_the_end() -> None:
@@ -75,7 +87,7 @@ def test_a_scale_that_came_back_has_moved() -> None:
 @pytest.mark.parametrize(("batches", "since"), [(1000, 512), (513, 256), (1024, 512), (3, 1), (2, 1)])
 def test_the_last_doubling(batches: int, since: int) -> None:
     """The latest kept number of batches of which the last is the double; 1000 counts as twice 512."""
-    counts = sorted({count for count in range(1, batches + 1) if is_doubling(count)} | {batches})
+    counts = sorted({count for count in range(1, batches + 1) if is_point(count)} | {batches})
     verdict = judge(history(counts, a=[1.0] * len(counts)), "entropy")
 
     assert verdict is not None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrators.counter import histogram_of
-from calibrators.entropy import entropy_amax, kl_divergences, least_divergent
+from calibrators.entropy import entropy_amax, is_within_noise, kl_divergences, least_divergent
 
 LEVELS = 128
 
@@ -113,8 +113,8 @@ def test_threshold_is_the_centre_of_the_first_saturated_bin() -> None:
 
 
 def test_threshold_is_that_of_the_least_divergence() -> None:
-    """The winner of the direct evaluation decides."""
-    values = np.random.default_rng(8).laplace(size=20_000)
+    """The winner of the direct evaluation decides, where the values are many enough to tell."""
+    values = np.random.default_rng(8).laplace(size=20_000) ** 3
     linear = histogram_of(values).linear()
     direct = [direct_divergence(linear.counts, kept) for kept in range(LEVELS, linear.counts.size + 1)]
 
@@ -129,10 +129,85 @@ def test_an_outlier_is_saturated() -> None:
 
 
 def test_the_smallest_of_equal_minima_wins() -> None:
-    """Two values only: saturated at the lower one, P and Q are both a single spike."""
-    threshold = entropy_amax(histogram_of(np.array([1.0, 1.5])))
+    """Two spikes: saturated at the lower one, P and Q are both a single spike, as exact as the full range."""
+    counts = np.zeros(200, dtype=np.int64)
+    counts[[150, 199]] = 1
 
-    assert threshold == 1.0 + 1.5 / 1024
+    assert least_divergent(counts) == 151
+
+
+def repeated(counts: np.ndarray) -> np.ndarray:
+    """Values whose linear histogram has these counts, in bins of 2**-11; at least 1025 of them."""
+    return np.repeat((np.arange(counts.size) + 0.5) * 2.0**-11, counts)
+
+
+def direct_noise(counts: np.ndarray) -> float:
+    """What chance leaves on average of the full range: (non-empty bins - non-empty levels) / 2 N."""
+    level_of = np.arange(counts.size) * LEVELS // counts.size
+    return float((np.count_nonzero(counts) - len(set(level_of[counts > 0]))) / (2 * counts.sum()))
+
+
+@pytest.mark.parametrize(
+    ("bins", "divergence", "noise"),
+    [
+        ((1, 3), 1 / 4 * math.log(1 / 2) + 3 / 4 * math.log(3 / 2), 128 / 1024),  # 0.1308 > 0.125
+        ((1, 2), 1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(4 / 3), 128 / 768),  # 0.0566 < 0.1667
+        ((2, 4), 1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(4 / 3), 128 / 1536),  # 0.0566 < 0.0833
+        ((4, 8), 1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(4 / 3), 128 / 3072),  # 0.0566 > 0.0417
+    ],
+)
+def test_noise_by_hand(bins: tuple[int, int], divergence: float, noise: float) -> None:
+    """256 bins, two to a level, so that 128 counts are free: the same shape is noise in few values and none in many."""
+    counts = np.tile(bins, 128)
+
+    assert kl_divergences(counts)[-1] == pytest.approx(divergence)
+    assert direct_noise(counts) == noise
+    assert is_within_noise(counts) is (divergence <= noise)
+
+
+def test_chance_takes_what_it_is_said_to_take() -> None:
+    """Evenly spread values lose (K - L) / 2 N on average, as 2 N KL has a chi-squared distribution."""
+    rng = np.random.default_rng(6)
+    drawn = [rng.multinomial(100_000, np.full(2048, 1 / 2048)) for _ in range(200)]
+    losses = [kl_divergences(counts)[-1] for counts in drawn]
+
+    # The mean of 200 has a standard error of sqrt(2 / 1920 / 200) = 0.0023; small counts add about 0.2 % to the mean.
+    assert np.mean(losses) / (1920 / 200_000) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_values_are_not_saturated(seed: int) -> None:
+    """A classifier's input on ten samples: 640 values whose raggedness would cost a third of the range."""
+    values = np.random.default_rng(seed).exponential(size=640).astype(np.float32)
+    linear = histogram_of(values).linear()
+
+    assert entropy_amax(histogram_of(values)) == (linear.counts.size + 0.5) * linear.width
+    assert values.max() < entropy_amax(histogram_of(values)) < 1.002 * values.max()
+
+
+@given(st.lists(st.integers(0, 1), min_size=1024, max_size=2047))
+@settings(max_examples=20, deadline=None)
+def test_single_values_are_never_saturated(filled: list[int]) -> None:
+    """Where no bin holds two values, nothing says that one is more frequent than its neighbour."""
+    counts = np.array([*filled, 1])
+
+    assert is_within_noise(counts)
+    assert entropy_amax(histogram_of(repeated(counts))) == (counts.size + 0.5) * 2.0**-11
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1025, 2048), st.floats(0.2, 3))
+@settings(max_examples=30, deadline=None)
+def test_many_values_leave_the_search_as_it_is(seed: int, size: int, spread: float) -> None:
+    """With enough values of any shape the guard steps aside, and the threshold is that of the least divergence."""
+    counts = np.random.default_rng(seed).lognormal(0, spread, size).astype(np.int64)
+    counts[-1] = max(counts[-1], 1)
+    lost, noise = direct_divergence(counts, size), direct_noise(counts)
+    assert is_within_noise(counts) is (lost <= noise)
+
+    enough = counts * (math.ceil(noise / lost) + 1) if lost > 1e-9 else counts
+    assert lost <= 1e-9 or not is_within_noise(enough)
+    if not is_within_noise(enough):
+        assert entropy_amax(histogram_of(repeated(enough))) == (least_divergent(enough) + 0.5) * 2.0**-11
 
 
 def test_zeros_have_no_say() -> None:

@@ -20,8 +20,8 @@ def test_sizes_by_hand(tiny_model: Path) -> None:
     prepared = prepare(tiny_model)
     sizes = activation_bytes(prepared, ["input", "relu", "logits"], {"input": (5, 3, 8, 8)})
 
-    assert sizes == {"input": 4 * 5 * 3 * 64, "relu": 4 * 5 * 4 * 64, "logits": 4 * 5 * 7}
-    assert weight_bytes(prepared) == 4 * (4 * 3 * 9 + 4 + 7 * 256 + 7)
+    assert sizes == {"input": 4 * 5 * 3 * 64, "relu": 4 * 5 * 8 * 64, "logits": 4 * 5 * 16}
+    assert weight_bytes(prepared) == 4 * (8 * 3 * 9 + 8 + 16 * 512 + 16)
 
 
 def test_shapes_follow_reshapes_and_large_weights(graph_builder: Any, tmp_path: Path) -> None:
