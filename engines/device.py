@@ -1,4 +1,4 @@
-"""Device memory, pinned host memory, one stream and its events: all that engines and calibrators need of CUDA.
+"""Device memory, pinned host memory, one stream, events, kernels: all that engines and calibrators need of CUDA.
 
 Two packages can serve it, pycuda and cuda-python; `open_device` takes the one that is there. Both work in the device's
 primary context, which is the one that TensorRT and PyTorch use: memory of another context would be refused by them, or
@@ -7,12 +7,14 @@ read as zeros.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NewType, Self
+from typing import Any, Literal, NewType, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +22,15 @@ from numpy.typing import NDArray
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch
 from engines.errors import DeviceError, MissingDependencyError
+from engines.kernel_compiler import compile_kernel
 
 DeviceLibrary = Literal["pycuda", "cuda"]
 
 Event = NewType("Event", object)
 """A point in the stream, as `Device.record` gives it."""
+
+Kernel = NewType("Kernel", object)
+"""A function that runs on the device, as `Device.compile_kernel` gives it."""
 
 NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: no implicit waiting for the default stream. pycuda has no name for it."""
@@ -39,6 +45,26 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 """What the driver says of kernels that went wrong: after that every call fails, the releases too."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """An array in device memory.
+
+    Attributes:
+        address: where it begins.
+        shape: its shape; the values lie close together.
+        dtype: of its elements.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 class OutOfMemoryError(DeviceError):
@@ -59,6 +85,7 @@ class Device(ABC):
         pci_bus_id: where it is plugged in, such as "0000:51:00.0": NVML knows it by that name, whatever
             CUDA_VISIBLE_DEVICES shows.
         stream: handle of the stream, a cudaStream_t.
+        multiprocessors: number of them.
     """
 
     library: str
@@ -67,6 +94,7 @@ class Device(ABC):
     cuda_version: str
     pci_bus_id: str
     stream: int
+    multiprocessors: int
 
     @property
     def simulated(self) -> bool:
@@ -116,6 +144,37 @@ class Device(ABC):
         """Fill a C-contiguous array from the device; its content is there after `synchronize`."""
 
     @abstractmethod
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill memory of the device with zeros."""
+
+    def compile_kernel(self, source: str, name: str) -> Kernel:
+        """Compile CUDA C for this GPU; see `engines.kernel_compiler.compile_kernel`.
+
+        Args:
+            source: the program.
+            name: of the function in it, declared `extern "C" __global__`.
+
+        Returns:
+            The function; it lives as long as the device.
+
+        Raises:
+            MissingDependencyError: there is no compiler.
+            DeviceError: the program does not compile, or cannot be loaded.
+        """
+        return self._load(compile_kernel(source, name, self.compute_capability), name)
+
+    @abstractmethod
+    def launch(self, kernel: Kernel, blocks: int, threads: int, *arguments: int) -> None:
+        """Queue one run of a kernel.
+
+        Args:
+            kernel: of `compile_kernel`.
+            blocks: number of blocks, in one dimension.
+            threads: threads of a block, in one dimension.
+            arguments: of the function, each of 64 bits: addresses and unsigned numbers.
+        """
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work in the stream is done.
 
@@ -161,6 +220,10 @@ class Device(ABC):
     @abstractmethod
     def _allocate(self, nbytes: int) -> int:
         """Allocate device memory; raises OutOfMemoryError."""
+
+    @abstractmethod
+    def _load(self, image: bytes, name: str) -> Kernel:
+        """Load a function of a compiled program."""
 
     def __enter__(self) -> Self:
         """Return the device itself."""

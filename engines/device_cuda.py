@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch, capture_graph
-from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, lost_context, no_gpu, version_text
+from engines.device import NON_BLOCKING, Device, Event, Kernel, OutOfMemoryError, lost_context, no_gpu, version_text
 from engines.errors import DeviceError
 from engines.optional import require
 
 ORDINAL = 0
 """The first GPU that the driver shows; CUDA_VISIBLE_DEVICES chooses which one that is."""
+
+_ARGUMENT_BUFFER, _ARGUMENT_BUFFER_SIZE, _END = 1, 2, 0
+"""CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END: cuda.h defines them as pointers."""
 
 _BUS_ID_BYTES = 32  # "00000000:51:00.0" and the byte that ends it, and some to spare
 
@@ -39,6 +42,7 @@ class CudaPythonDevice(Device):
         self._addresses: set[int] = set()
         self._pinned: set[int] = set()
         self._events: list[Event] = []
+        self._modules: list[Any] = []
         driver = self._driver
         try:
             self._check(driver.cuInit(0))
@@ -46,11 +50,12 @@ class CudaPythonDevice(Device):
             self.name = bytes(self._check(driver.cuDeviceGetName(256, gpu))).split(b"\0")[0].decode(errors="replace")
             self.cuda_version = version_text(int(self._check(driver.cuDriverGetVersion())))
             attribute = driver.CUdevice_attribute
-            major, minor = (
-                self._check(driver.cuDeviceGetAttribute(which, gpu))
+            major, minor, self.multiprocessors = (
+                int(self._check(driver.cuDeviceGetAttribute(which, gpu)))
                 for which in (
                     attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                     attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                    attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
                 )
             )
             self.compute_capability = f"{major}.{minor}"
@@ -98,6 +103,22 @@ class CudaPythonDevice(Device):
         if array.nbytes:
             self._check(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
 
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill with zeros, in the stream's order."""
+        self._check(self._driver.cuMemsetD8Async(address, 0, nbytes, self._stream))
+
+    def launch(self, kernel: Kernel, blocks: int, threads: int, *arguments: int) -> None:
+        """Queue a run of a kernel."""
+        values = np.array(arguments, np.uint64)
+        size = ctypes.c_size_t(values.nbytes)
+        # As pycuda does it: all arguments in one buffer. The driver reads it before the call returns.
+        extra = np.array(
+            [_ARGUMENT_BUFFER, values.ctypes.data, _ARGUMENT_BUFFER_SIZE, ctypes.addressof(size), _END], np.uint64
+        )
+        self._check(
+            self._driver.cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, self._stream, 0, extra.ctypes.data)
+        )
+
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._check(self._driver.cuStreamSynchronize(self._stream))
@@ -137,6 +158,8 @@ class CudaPythonDevice(Device):
             driver.cuMemFree(address)
         for address in self._pinned:
             driver.cuMemFreeHost(address)
+        for module in self._modules:
+            driver.cuModuleUnload(module)
         # The primary context stays retained, as CUDA's runtime library leaves it: what TensorRT or PyTorch still hold
         # in it would be lost with it, and making it anew takes a good part of a second.
         driver.cuStreamDestroy(self._stream)
@@ -145,6 +168,11 @@ class CudaPythonDevice(Device):
         address = int(self._check(self._driver.cuMemAlloc(nbytes)))
         self._addresses.add(address)
         return address
+
+    def _load(self, image: bytes, name: str) -> Kernel:
+        module = self._check(self._driver.cuModuleLoadData(image))
+        self._modules.append(module)
+        return Kernel(self._check(self._driver.cuModuleGetFunction(module, name.encode())))
 
     def _check(self, result: tuple[Any, ...]) -> Any:
         return check(self._driver, result)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch, capture_graph
-from engines.device import NON_BLOCKING, Device, Event, OutOfMemoryError, lost_context, no_gpu, version_text
+from engines.device import NON_BLOCKING, Device, Event, Kernel, OutOfMemoryError, lost_context, no_gpu, version_text
 from engines.errors import DeviceError, MissingDependencyError
 from engines.optional import require
 
@@ -36,6 +36,7 @@ class PycudaDevice(Device):
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._events: list[Any] = []
+        self._modules: list[Any] = []
         try:
             primary = require("pycuda.autoprimaryctx", "use the GPU through pycuda")
         except (self._driver.Error, RuntimeError) as error:  # RuntimeError: pycuda found no device
@@ -47,6 +48,7 @@ class PycudaDevice(Device):
         self.name = str(primary.device.name())
         self.compute_capability = "{}.{}".format(*primary.device.compute_capability())
         self.pci_bus_id = str(primary.device.pci_bus_id())
+        self.multiprocessors = int(primary.device.multiprocessor_count)
         self.cuda_version = version_text(self._driver.get_driver_version())
         with self._errors():
             self._stream = self._driver.Stream(NON_BLOCKING)
@@ -87,6 +89,18 @@ class PycudaDevice(Device):
         if array.nbytes:
             with self._errors():
                 self._driver.memcpy_dtoh_async(_octets(array), address, self._stream)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill with zeros, in the stream's order."""
+        with self._errors():
+            self._driver.memset_d8_async(address, 0, nbytes, self._stream)
+
+    def launch(self, kernel: Kernel, blocks: int, threads: int, *arguments: int) -> None:
+        """Queue a run of a kernel."""
+        with self._errors():
+            cast("Any", kernel)(
+                *map(np.uint64, arguments), grid=(blocks, 1), block=(threads, 1, 1), stream=self._stream
+            )
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -131,7 +145,7 @@ class PycudaDevice(Device):
         except self._driver.Error:
             # After an illegal access every call fails, the releases too: the context is lost, and what broke it was
             # reported where it was found. pycuda would print two lines for each.
-            _keep_forever((*self._memory.values(), *self._pinned.values(), *self._events, self._stream))
+            _keep_forever((*self._memory.values(), *self._pinned.values(), *self._events, *self._modules, self._stream))
         else:
             for memory in (*self._memory.values(), *self._pinned.values()):
                 with suppress(self._driver.Error):
@@ -139,6 +153,7 @@ class PycudaDevice(Device):
         self._memory.clear()
         self._pinned.clear()
         self._events.clear()
+        self._modules.clear()
         del self._stream
         if self._context is not None:
             self._context.pop()
@@ -148,6 +163,12 @@ class PycudaDevice(Device):
             memory = self._driver.mem_alloc(nbytes)
         self._memory[int(memory)] = memory
         return int(memory)
+
+    def _load(self, image: bytes, name: str) -> Kernel:
+        with self._errors():
+            module = self._driver.module_from_buffer(image)
+            self._modules.append(module)
+            return Kernel(module.get_function(name))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

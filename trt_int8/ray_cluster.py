@@ -4,7 +4,8 @@ What comes back is bit for bit what one process counts. The driver alone reads t
 hashes and errors of the data are those of one process, and no worker needs the data or the user's code. Counts are
 integers in bins that do not depend on the data, so their sum does not depend on who counted what. Activations are the
 same where ONNX Runtime computes the same: every run takes one thread, there as in one process, over the same batches,
-with the same versions (which is checked) on processors of the same family (which is not).
+with the same versions (which is checked) on processors of the same family (which is not). Where GPUs run the model,
+each task has one of its own, and all must be of one kind (which is checked).
 
 A shard is a task without side effects, so Ray runs it again elsewhere when its worker is lost. Batches lie in the
 driver's object store until the counts that were made from them have reached the driver, a bounded number at a time.
@@ -17,16 +18,23 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from calibrators.collector import ActivationStatistics, Due, Review
 from calibrators.errors import CalibrationError, EmptyCalibrationSetError, TrtInt8Error
 from calibrators.protocols import CalibrationBatch, Track, untracked
 from engines.graph import PreparedModel
 from engines.optional import require
+from engines.padding import PaddedTensors
 from trt_int8 import __version__
+from trt_int8.calibration_backend import (
+    CalibrationBackend,
+    CalibrationBackendChoice,
+    choose_calibration_backend,
+)
 from trt_int8.ray_worker import Shard, ShardBatch, add_up, count_shard, pack
 
 SHARD_BATCHES = 16
@@ -67,8 +75,11 @@ class RayCluster:
         self._ray = require("ray", "calibrate on a Ray cluster")
         self._connected = False
         host = _host_and_port(address)
-        if host is not None and not self._ray.is_initialized():
-            self._knock(*host)
+        if not self._ray.is_initialized():
+            if address == "auto":
+                host = _announced()
+            if host is not None:
+                self._knock(*host)
 
     def __enter__(self) -> Self:
         """Connect."""
@@ -98,6 +109,30 @@ class RayCluster:
             self._connected = False
             self._ray.shutdown()
 
+    def choose_backend(self, requested: CalibrationBackendChoice) -> CalibrationBackend:
+        """Choose what runs the model on the workers, as one of them sees it; this machine needs no GPU.
+
+        Args:
+            requested: see `trt_int8.calibration_backend.choose_calibration_backend`; "auto" takes the GPUs, where the
+                cluster offers some.
+
+        Raises:
+            CalibrationError: the cluster cannot be reached, or GPUs are asked for and it offers none.
+            DeviceError, MissingDependencyError: a worker that has a GPU cannot use it; says why.
+        """
+        if requested == "onnxruntime":
+            return choose_calibration_backend(requested)
+        with self:
+            if requested == "auto" and not sum(self._offered("GPU")):
+                return replace(choose_calibration_backend("onnxruntime"), reason="the Ray cluster offers no GPUs")
+            self._workers("GPU")
+            ask = self._ray.remote(num_cpus=1, num_gpus=1, max_retries=LOST_LIMIT)(choose_calibration_backend)
+            try:
+                found: CalibrationBackend = self._ray.get(ask.remote(requested))
+            except self._ray.exceptions.RayTaskError as error:
+                raise _worker_error(error) or error from None
+        return found
+
     def collect(
         self,
         prepared: PreparedModel,
@@ -105,6 +140,8 @@ class RayCluster:
         batches: Iterable[CalibrationBatch],
         *,
         exposed: Sequence[str] | None = None,
+        backend: CalibrationBackend | None = None,
+        padded: PaddedTensors | None = None,
         first: int = 0,
         track: Track = untracked,
         total: int | None = None,
@@ -122,6 +159,8 @@ class RayCluster:
             tensors: names from `engines.activations.tensors_to_calibrate`.
             batches: the stream; consumed once, in the caller's thread.
             exposed: see `engines.activations.OnnxRuntimeActivations`.
+            backend: what runs the model, from `choose_backend`; None for the processors. On GPUs each task has one.
+            padded: where padding lies in the tensors, which is left out; None for nowhere.
             first: index of the first batch of the stream, where others were counted before it; for messages.
             track: shows the progress.
             total: number of batches, where it is known.
@@ -135,7 +174,9 @@ class RayCluster:
                 again.
         """
         # The object store hands the model to every node once.
-        running = _Pass(self._ray, self._ray.put(pack(prepared, tensors, exposed)), self._workers())
+        on_gpu = backend is not None and backend.on_gpu
+        job = self._ray.put(pack(prepared, tensors, exposed, backend, padded))
+        running = _Pass(self._ray, job, self._workers("GPU" if on_gpu else "CPU"), on_gpu=on_gpu)
         size = SHARD_BATCHES if total is None else max(1, min(SHARD_BATCHES, total // (4 * running.workers)))
         due = interval if callable(interval) else lambda count: interval is not None and count % interval == 0
 
@@ -155,7 +196,8 @@ class RayCluster:
                     yield from running.wait(0)
                     raise
                 dealt += 1
-                pending.append(ShardBatch(dict(batch.feeds), batch.samples))
+                extras = {} if padded is None else {k: v for k, v in batch.extras.items() if k == padded.padding.array}
+                pending.append(ShardBatch(dict(batch.feeds), batch.samples, extras))
                 reviewed = review is not None and due(dealt)
                 held = sum(array.nbytes for item in pending for array in item.feeds.values())
                 if reviewed or len(pending) == size or held >= SHARD_BYTES:
@@ -182,24 +224,29 @@ class RayCluster:
         try:
             socket.create_connection((host, port), timeout=_CONNECT_S).close()
         except OSError as error:
+            where = f"{self._address!r}" if self._address != "auto" else f"'auto', which was {host}:{port}"
             raise CalibrationError(
-                f"Cannot reach the Ray cluster at {self._address!r}: {error.strerror or error}. "
+                f"Cannot reach the Ray cluster at {where}: {error.strerror or error}. "
                 "Start it with `ray start --head`, or give the address that it printed."
             ) from error
 
-    def _workers(self) -> int:
-        """Return how many tasks can run at a time: one per CPU that the cluster offers.
+    def _workers(self, resource: Literal["CPU", "GPU"]) -> int:
+        """Return how many tasks can run at a time: one per CPU, or per GPU, that the cluster offers.
 
         Raises:
             CalibrationError: it offers none.
         """
-        offered = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        offered = self._offered(resource)
         if not sum(offered):
             raise CalibrationError(
-                f"Cannot calibrate on the Ray cluster at {self._address!r}: its {len(offered)} nodes offer no CPUs; "
-                "expected at least one. Add nodes with `ray start --address=...`."
+                f"Cannot calibrate on the Ray cluster at {self._address!r}: its {len(offered)} nodes offer no "
+                f"{resource}s; expected at least one. Add nodes with `ray start --address=...`"
+                f"{', or take --backend onnxruntime' if resource == 'GPU' else ''}."
             )
         return sum(offered)
+
+    def _offered(self, resource: str) -> list[int]:
+        return [int(node["Resources"].get(resource, 0)) for node in self._ray.nodes() if node["Alive"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +264,11 @@ class _Dealt:
 class _Pass:
     """The tasks of one pass, and what has been counted so far."""
 
-    def __init__(self, ray: Any, job: Any, workers: int) -> None:
+    def __init__(self, ray: Any, job: Any, workers: int, *, on_gpu: bool) -> None:
         self.workers = workers
         self._ray = ray
         self._job = job
-        self._count = ray.remote(num_cpus=1, max_retries=LOST_LIMIT)(count_shard)
+        self._count = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=LOST_LIMIT)(count_shard)
         # Additions take no CPU from the counting: they are short, and they set the shards' batches free.
         self._add = ray.remote(num_cpus=0, max_retries=LOST_LIMIT)(add_up)
         self._shards: dict[Any, _Dealt] = {}  # being counted
@@ -288,12 +335,7 @@ class _Pass:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, TrtInt8Error):
                 raise self._first_error(error.cause, parts) from None  # as in one process: without Ray's traceback
-            if isinstance(error.cause, ImportError) or "failed to import" in str(error.cause):
-                raise CalibrationError(
-                    f"Cannot calibrate on the Ray cluster: its workers cannot import trt_int8: {_line(error.cause)}. "
-                    f"Install trt-int8 {__version__} with the same dependencies on every node."
-                ) from error
-            raise
+            raise _worker_error(error) or error from None
         except self._ray.exceptions.RayError as error:
             lost = ", ".join(str(dealt) for _, dealt in parts)
             raise CalibrationError(
@@ -314,6 +356,31 @@ class _Pass:
             except self._ray.exceptions.RayError:
                 return met
         return met
+
+
+def _worker_error(error: Any) -> TrtInt8Error | None:
+    """Return what a task's failure means for the user; None for a bug, whose traceback Ray's own error quotes."""
+    if isinstance(error.cause, TrtInt8Error):
+        return error.cause
+    if isinstance(error.cause, ImportError) or "failed to import" in str(error.cause):
+        return CalibrationError(
+            f"Cannot calibrate on the Ray cluster: its workers cannot import trt_int8: {_line(error.cause)}. "
+            f"Install trt-int8 {__version__} with the same dependencies on every node."
+        )
+    return None
+
+
+def _announced() -> tuple[str, int] | None:
+    """Return where "auto" will look for a cluster; None where nothing tells, which Ray says at once.
+
+    The note that `ray start` leaves stays behind when a cluster dies, and Ray would then try for minutes.
+    """
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        address = os.environ.get("RAY_ADDRESS") or note.read_text().strip()
+        return _host_and_port(address)
+    except (OSError, UnicodeDecodeError, CalibrationError):
+        return None
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

@@ -10,9 +10,11 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -22,8 +24,15 @@ from calibrators.collector import ActivationStatistics, collect
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array
 from engines.activations import OnnxRuntimeActivations
+from engines.gpu_activations import GpuActivations
 from engines.graph import PreparedModel, save_model
+from engines.padding import PaddedTensors
 from trt_int8 import __version__
+from trt_int8.calibration_backend import (
+    CalibrationBackend,
+    choose_calibration_backend,
+    open_gpu_activations,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,7 @@ class ShardBatch:
 
     feeds: Mapping[str, Array]
     samples: int
+    extras: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,8 @@ class Job:
         tensors: names of the tensors to count.
         exposed: see `engines.activations.OnnxRuntimeActivations`.
         versions: of the packages that decide about the result.
+        backend: what runs the model; each task has a GPU of its own where that is on one.
+        padded: where padding lies in the tensors, which is left out; None for nowhere.
     """
 
     key: str
@@ -70,9 +82,17 @@ class Job:
     tensors: tuple[str, ...]
     exposed: tuple[str, ...]
     versions: Mapping[str, str]
+    backend: CalibrationBackend
+    padded: PaddedTensors | None = None
 
 
-def pack(prepared: PreparedModel, tensors: Sequence[str], exposed: Sequence[str] | None = None) -> Job:
+def pack(
+    prepared: PreparedModel,
+    tensors: Sequence[str],
+    exposed: Sequence[str] | None = None,
+    backend: CalibrationBackend | None = None,
+    padded: PaddedTensors | None = None,
+) -> Job:
     """Describe a pass.
 
     The model travels as files, because a protobuf message holds no more than 2 GB.
@@ -81,6 +101,8 @@ def pack(prepared: PreparedModel, tensors: Sequence[str], exposed: Sequence[str]
         prepared: the model.
         tensors: names of the tensors to count.
         exposed: see `engines.activations.OnnxRuntimeActivations`; None for `tensors` alone.
+        backend: what runs the model; None for the processor.
+        padded: where padding lies in the tensors; None for nowhere.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_model(prepared.proto, Path(folder) / "model.onnx")
@@ -94,6 +116,8 @@ def pack(prepared: PreparedModel, tensors: Sequence[str], exposed: Sequence[str]
         tensors=tuple(tensors),
         exposed=tuple(tensors if exposed is None else exposed),
         versions=_versions(),
+        backend=backend or choose_calibration_backend("onnxruntime"),
+        padded=padded,
     )
 
 
@@ -101,8 +125,9 @@ def count_shard(job: Job, shard: Shard) -> ActivationStatistics:
     """Count the activations of one shard; a task of the cluster.
 
     Raises:
-        CalibrationError: the worker has other versions than the driver, or as `calibrators.collector.collect` says.
-        InferenceError: ONNX Runtime failed on a batch, which is named by its number in the whole stream.
+        CalibrationError: the worker has other versions than the driver, or another GPU than the first one; or as
+            `calibrators.collector.collect` says.
+        InferenceError: a batch cannot be run; it is named by its number in the whole stream.
     """
     if _versions() != job.versions:
         raise CalibrationError(
@@ -110,9 +135,11 @@ def count_shard(job: Job, shard: Shard) -> ActivationStatistics:
             f"expected {_listed(job.versions)}, as the driver has. Install the same on every node."
         )
     if job.key not in _models:
+        for model in _models.values():
+            model.close()
         _models.clear()
-        _models[job.key] = OnnxRuntimeActivations(_unpacked(job), job.tensors, (), threads=1, exposed=job.exposed)
-    return collect(_ShardActivations(_models[job.key], shard))
+        _models[job.key] = _OnGpu(job) if job.backend.on_gpu else _OnProcessor(job)
+    return _models[job.key].count(shard)
 
 
 def add_up(*parts: ActivationStatistics) -> ActivationStatistics:
@@ -120,8 +147,54 @@ def add_up(*parts: ActivationStatistics) -> ActivationStatistics:
     return reduce(_added, parts)
 
 
-_models: dict[str, OnnxRuntimeActivations] = {}
+class _OpenModel(Protocol):
+    """The model of a pass, ready to run."""
+
+    def count(self, shard: Shard) -> ActivationStatistics: ...
+
+    def close(self) -> None: ...
+
+
+_models: dict[str, _OpenModel] = {}
 """The model of the latest pass that this worker process serves: one session does for all its shards."""
+
+
+class _OnProcessor:
+    """Runs the model in one thread."""
+
+    def __init__(self, job: Job) -> None:
+        self._model = OnnxRuntimeActivations(
+            _unpacked(job), job.tensors, (), threads=1, exposed=job.exposed, padded=job.padded
+        )
+
+    def count(self, shard: Shard) -> ActivationStatistics:
+        return collect(_ShardActivations(self._model, shard))
+
+    def close(self) -> None:
+        pass
+
+
+class _OnGpu:
+    """Runs the model on the GPU that Ray has given to this worker, and counts there."""
+
+    def __init__(self, job: Job) -> None:
+        found = choose_calibration_backend(job.backend.name)
+        if found.settings != job.backend.settings:
+            raise CalibrationError(
+                f"Cannot calibrate on the Ray cluster: {socket.gethostname()} has {_listed(found.settings)}; expected "
+                f"{_listed(job.backend.settings)}, as the first worker has. Other GPUs compute other activations in "
+                "the last bits: take a cluster of one kind, or --backend onnxruntime."
+            )
+        self._stack = ExitStack()
+        opened = open_gpu_activations(job.backend, _unpacked(job), job.tensors, (), exposed=job.exposed)
+        self._model: GpuActivations = self._stack.enter_context(opened)
+
+    def count(self, shard: Shard) -> ActivationStatistics:
+        self._model.restart(shard.batches, shard.first)
+        return collect(self._model)
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +212,7 @@ class _ShardActivations:
         for index, batch in enumerate(self.shard.batches, start=self.shard.first):
             # Ray's arrays are read-only and lie in shared memory; a kernel would be compiled once more for them.
             own = {name: np.array(array) for name, array in batch.feeds.items()}
-            yield self.model.run(index, ShardBatch(own, batch.samples))
+            yield self.model.run(index, ShardBatch(own, batch.samples, batch.extras))
 
     def producer(self, tensor: str) -> str:
         return self.model.producer(tensor)

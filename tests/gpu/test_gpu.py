@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.device import SIMULATED, DeviceLibrary, open_device
+from calibrators.counter import histogram_of
+from calibrators.histogram import MagnitudeHistogram
+from engines.device import SIMULATED, Device, DeviceArray, DeviceLibrary, open_device
 from engines.errors import EngineBuildError, EngineLoadError
+from engines.histogram_kernel import TILE_BYTES, DeviceHistograms
 from engines.optional import require
 from engines.sidecar import read_sidecar
 from engines.trt_builder import BuiltEngine
@@ -234,3 +237,65 @@ def test_the_sidecar_tells_this_gpu_and_refuses_a_changed_plan(engines: dict[str
     assert sidecar.environment.gpu == read_cuda_driver().gpus[0].name
     with pytest.raises(EngineLoadError, match="changed after it was built"):
         TensorRTRunner(plan)
+
+
+def count_on(device: Device, arrays: dict[str, np.ndarray], times: int) -> dict[str, MagnitudeHistogram]:
+    """Count arrays on the GPU, some times over."""
+    histograms = DeviceHistograms(device, list(arrays))
+    where = {
+        name: DeviceArray(device.allocate(array.nbytes), array.shape, array.dtype) for name, array in arrays.items()
+    }
+    for name, array in arrays.items():
+        device.to_device(where[name].address, array)
+    for _ in range(times):
+        histograms.count(where)
+    return histograms.histograms()
+
+
+def assert_same(found: MagnitudeHistogram, expected: MagnitudeHistogram, times: int = 1) -> None:
+    np.testing.assert_array_equal(found.bins, expected.bins)
+    np.testing.assert_array_equal(found.counts, times * expected.counts)
+    assert (found.minimum, found.maximum) == (expected.minimum, expected.maximum)
+    assert (found.zeros, found.nonfinite) == (times * expected.zeros, times * expected.nonfinite)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_gpu_counts_as_the_processor_does(library: DeviceLibrary, simulated: bool) -> None:
+    """Every bin of every tensor, to the last count: blocks, warps and their races leave no trace."""
+    rng = np.random.default_rng(23)
+    size = 40_000 if simulated else 5_000_000
+    values = rng.normal(size=size)
+    arrays = {
+        "normal": values,
+        "relu": np.maximum(values, 0),
+        "wide": values * np.exp(rng.normal(0, 4, size)),
+        "outliers": np.where(rng.random(size) < 1e-4, 300 * values, values),
+        "one value": np.full(size, -0.37),
+        "zeros": np.zeros(size),
+        "dead channels": np.where(np.arange(size) < size // 2, 0, values),
+        "nothing": np.empty(0),
+        **{f"of {n}": rng.normal(size=n) for n in (1, 3, 1023, TILE_BYTES // 4 + 1)},
+    }
+    exact = {name: array.astype(np.float32) for name, array in arrays.items()}
+    exact["patterns"] = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
+    exact["halves"] = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    with open_device(library) as device:
+        found = count_on(device, exact, times=3)
+
+    for name, array in exact.items():
+        assert_same(found[name], histogram_of(array), times=3)
+
+
+def test_calibrating_by_tensorrt_gives_the_processors_scales(model: Path, calibration: Calibration) -> None:
+    """The input, which both are fed, to the bit; the activations but for the order of sums."""
+    on_gpu = calibrate(model, {"x": SAMPLES}, batch_size=BATCH, backend="tensorrt")
+
+    assert on_gpu.tensors == calibration.tensors
+    assert_same(on_gpu.histogram("x"), calibration.histogram("x"))
+    for name in calibration.tensors:
+        found, expected = on_gpu.histogram(name), calibration.histogram(name)
+        assert found.count == expected.count
+        assert found.amax == pytest.approx(expected.amax, rel=1e-4)
+    for method in ("minmax", "percentile", "mse"):  # the entropy search may jump between two equally good thresholds
+        expected_scales = calibration.scales(method)
+        assert on_gpu.scales(method) == pytest.approx(expected_scales, rel=5e-3)

@@ -6,6 +6,7 @@
  * - Work on a stream runs as late as possible: at the synchronisation that needs it.
  * - Memory, streams and events belong to a context, contexts are current per thread.
  * - An illegal access is sticky: every later call fails with it.
+ * - A kernel is a shared object made by the simulated NVRTC; device memory can be touched while it runs, and only then.
  *
  * Streams are used by one thread at a time here. Prototypes are written by hand; no NVIDIA header is needed.
  */
@@ -17,6 +18,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #define API __attribute__((visibility("default")))
 
@@ -30,6 +32,7 @@ enum {
     NOT_INITIALIZED = 3,
     NO_DEVICE = 100,
     INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
@@ -48,6 +51,7 @@ static const struct {
     {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
+    {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
@@ -252,7 +256,7 @@ enum { DEVICE_MEMORY, PINNED_MEMORY };
 typedef struct Allocation {
     struct Allocation *next;
     Address address; /* what the caller was given */
-    char *storage;   /* where the bytes are: for pinned memory at the same address */
+    char *storage;   /* where the bytes are: for pinned memory at the same address, else mapped a second time */
     size_t size;
     int kind;
     Context *context;
@@ -300,10 +304,11 @@ static Result discard(Address address, int kind)
         if (a->address == address && a->kind == kind) {
             if (kind == DEVICE_MEMORY) {
                 munmap((void *)(uintptr_t)a->address, a->size);
+                munmap(a->storage, a->size);
                 used -= a->size;
-            }
+            } else
+                free(a->storage);
             *link = a->next;
-            free(a->storage);
             free(a);
             return SUCCESS;
         }
@@ -318,11 +323,16 @@ API Result cuMemAlloc_v2(Address *out, size_t size)
         return INVALID_VALUE;
     if (used + size > device_memory())
         return OUT_OF_MEMORY;
-    void *range = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    char *storage = range == MAP_FAILED ? NULL : aligned_alloc(512, (size + 511) & ~(size_t)511);
-    if (!storage)
+    size_t pages = (size + 4095) & ~(size_t)4095;
+    int file = memfd_create("SIMULATED device memory", MFD_CLOEXEC);
+    if (file < 0 || ftruncate(file, (off_t)pages))
         return OUT_OF_MEMORY;
-    memset(storage, 0xFF, size); /* a NaN in every floating format */
+    void *range = mmap(NULL, pages, PROT_NONE, MAP_SHARED, file, 0);
+    char *storage = mmap(NULL, pages, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (range == MAP_FAILED || storage == MAP_FAILED)
+        return OUT_OF_MEMORY;
+    memset(storage, 0xFF, pages); /* a NaN in every floating format */
     used += size;
     add((Address)(uintptr_t)range, storage, size, DEVICE_MEMORY);
     *out = (Address)(uintptr_t)range;
@@ -650,6 +660,107 @@ API Result cuMemsetD8_v2(Address to, unsigned char value, size_t n)
     return SUCCESS;
 }
 
+API Result cuMemsetD8Async(Address to, unsigned char value, size_t n, void *stream)
+{
+    REQUIRE_CONTEXT;
+    char *target = bytes_at(to, n, NULL);
+    Stream *s = stream_of(stream);
+    if (!target || !s)
+        return target ? INVALID_HANDLE : INVALID_VALUE;
+    Operation o = {.target = target, .size = n};
+    o.staged = malloc(n ? n : 1);
+    memset(o.staged, value, n);
+    submit(s, o);
+    return SUCCESS;
+}
+
+/* ------------------------------------------------------------------------------------------------ kernels */
+
+typedef struct Function {
+    void *code;
+    void (*launch)(void *code, unsigned blocks, unsigned threads, const uint64_t *arguments);
+} Function;
+
+typedef struct Launch {
+    Function *function;
+    unsigned blocks, threads;
+    uint64_t arguments[6];
+} Launch;
+
+API Result cuModuleLoadDataEx(void **out, const void *image, unsigned count, void *options, void *values)
+{
+    (void)count, (void)options, (void)values;
+    REQUIRE_CONTEXT;
+    const unsigned char *header = image;
+    if (memcmp(header, "\177ELF", 4) || header[18] != 62) /* what is for another machine than this one is NVIDIA's */
+        return INVALID_IMAGE;
+    uint64_t sections;
+    uint16_t number, size;
+    memcpy(&sections, header + 40, 8), memcpy(&size, header + 58, 2), memcpy(&number, header + 60, 2);
+    char path[64];
+    int file = memfd_create("SIMULATED module", MFD_CLOEXEC);
+    ssize_t length = (ssize_t)(sections + (uint64_t)size * number); /* the table of sections ends the file */
+    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+    void *library = file >= 0 && write(file, image, (size_t)length) == length ? dlopen(path, RTLD_NOW) : NULL;
+    if (file >= 0)
+        close(file);
+    *out = library;
+    return library ? SUCCESS : INVALID_IMAGE;
+}
+
+API Result cuModuleLoadData(void **out, const void *image) { return cuModuleLoadDataEx(out, image, 0, NULL, NULL); }
+API Result cuModuleUnload(void *module) { return (void)module, SUCCESS; } /* a graph may still hold a launch */
+
+API Result cuModuleGetFunction(void **out, void *module, const char *name)
+{
+    REQUIRE_CONTEXT;
+    Function *function = calloc(1, sizeof *function);
+    *function = (Function){dlsym(module, name), NULL};
+    *(void **)&function->launch = dlsym(module, "simulated_launch");
+    *out = function;
+    return function->code ? SUCCESS : NOT_FOUND;
+}
+
+API Result cuFuncSetBlockShape(void *f, int x, int y, int z) { return (void)f, (void)x, (void)y, (void)z, SUCCESS; }
+
+static void protect_device_memory(int protection)
+{
+    for (Allocation *a = allocations; a; a = a->next)
+        if (a->kind == DEVICE_MEMORY && a->context == current())
+            mprotect((void *)(uintptr_t)a->address, a->size, protection);
+}
+
+static void launch(void *argument)
+{
+    Launch *l = argument;
+    protect_device_memory(PROT_READ | PROT_WRITE);
+    l->function->launch(l->function->code, l->blocks, l->threads, l->arguments);
+    protect_device_memory(PROT_NONE);
+} /* it stays for the life of the process, as a graph may launch it again */
+
+/* The arguments are read at the call, as the driver does. They come as a buffer and its size, and each has 64 bits: of
+ * an array of pointers to them nothing here would tell the length. */
+API Result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+    unsigned threads_z, unsigned shared, void *stream, void **arguments, void **extra)
+{
+    REQUIRE_CONTEXT;
+    Stream *s = stream_of(stream);
+    if (!s)
+        return INVALID_HANDLE;
+    if (!x || y != 1 || z != 1 || !threads || threads > 1024 || threads_y != 1 || threads_z != 1 || shared)
+        return INVALID_VALUE;
+    if (arguments || !extra || extra[0] != (void *)1 || extra[2] != (void *)2)
+        return NOT_SUPPORTED;
+    size_t size = *(size_t *)extra[3];
+    Launch *l = calloc(1, sizeof *l);
+    if (size > sizeof l->arguments)
+        return INVALID_VALUE;
+    *l = (Launch){.function = function, .blocks = x, .threads = threads};
+    memcpy(l->arguments, extra[1], size);
+    submit(s, (Operation){.call = launch, .argument = l});
+    return SUCCESS;
+}
+
 /* ------------------------------------------------------------------------------------------------- graphs */
 
 API Result cuStreamBeginCapture_v2(void *handle, int mode)
@@ -757,19 +868,19 @@ API Result trtsim_sticky(void) { return sticky; }
     X(cuArrayGetDescriptor_v2) X(cuCtxAttach) X(cuCtxDisablePeerAccess) X(cuCtxEnablePeerAccess) \
     X(cuCtxGetApiVersion) X(cuCtxGetCacheConfig) X(cuCtxGetLimit) X(cuCtxGetSharedMemConfig) X(cuCtxSetCacheConfig) \
     X(cuCtxSetLimit) X(cuCtxSetSharedMemConfig) X(cuDeviceCanAccessPeer) X(cuDeviceGetByPCIBusId) \
-    X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuFuncSetBlockShape) X(cuFuncSetCacheConfig) \
+    X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuFuncSetCacheConfig) \
     X(cuFuncSetSharedSize) X(cuIpcCloseMemHandle) X(cuIpcGetEventHandle) X(cuIpcGetMemHandle) \
     X(cuIpcOpenEventHandle) X(cuIpcOpenMemHandle_v2) X(cuLaunch) X(cuLaunchGrid) X(cuLaunchGridAsync) \
-    X(cuLaunchKernel) X(cuLinkAddData_v2) X(cuLinkAddFile_v2) X(cuLinkComplete) X(cuLinkCreate_v2) X(cuLinkDestroy) \
+    X(cuLinkAddData_v2) X(cuLinkAddFile_v2) X(cuLinkComplete) X(cuLinkCreate_v2) X(cuLinkDestroy) \
     X(cuMemAllocManaged) X(cuMemAllocPitch_v2) X(cuMemGetAddressRange_v2) X(cuMemHostGetDevicePointer_v2) \
     X(cuMemHostGetFlags) X(cuMemHostRegister_v2) X(cuMemHostUnregister) X(cuMemcpy2DAsync_v2) \
     X(cuMemcpy2DUnaligned_v2) X(cuMemcpy2D_v2) X(cuMemcpy3DAsync_v2) X(cuMemcpy3DPeer) X(cuMemcpy3DPeerAsync) \
     X(cuMemcpy3D_v2) X(cuMemcpyAtoA_v2) X(cuMemcpyAtoD_v2) X(cuMemcpyAtoH_v2) X(cuMemcpyDtoA_v2) X(cuMemcpyHtoA_v2) \
     X(cuMemcpyPeer) X(cuMemcpyPeerAsync) X(cuMemsetD16Async) X(cuMemsetD16_v2) X(cuMemsetD2D16Async) \
     X(cuMemsetD2D16_v2) X(cuMemsetD2D32Async) X(cuMemsetD2D32_v2) X(cuMemsetD2D8Async) X(cuMemsetD2D8_v2) \
-    X(cuMemsetD32Async) X(cuMemsetD32_v2) X(cuMemsetD8Async) X(cuModuleGetFunction) X(cuModuleGetGlobal_v2) \
-    X(cuModuleGetSurfRef) X(cuModuleGetTexRef) X(cuModuleLoad) X(cuModuleLoadData) X(cuModuleLoadDataEx) \
-    X(cuModuleUnload) X(cuParamSetSize) X(cuParamSetTexRef) X(cuParamSetf) X(cuParamSeti) X(cuParamSetv) \
+    X(cuMemsetD32Async) X(cuMemsetD32_v2) X(cuModuleGetGlobal_v2) \
+    X(cuModuleGetSurfRef) X(cuModuleGetTexRef) X(cuModuleLoad) \
+    X(cuParamSetSize) X(cuParamSetTexRef) X(cuParamSetf) X(cuParamSeti) X(cuParamSetv) \
     X(cuProfilerInitialize) X(cuProfilerStart) X(cuProfilerStop) X(cuStreamAttachMemAsync) X(cuSurfRefGetArray) \
     X(cuSurfRefSetArray) X(cuTexRefCreate) X(cuTexRefDestroy) X(cuTexRefGetAddressMode) X(cuTexRefGetAddress_v2) \
     X(cuTexRefGetArray) X(cuTexRefGetFilterMode) X(cuTexRefGetFlags) X(cuTexRefGetFormat) X(cuTexRefSetAddress2D_v3) \

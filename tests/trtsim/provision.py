@@ -24,6 +24,7 @@ SOURCES = Path(__file__).resolve().parent
 REPOSITORY = SOURCES.parents[1]
 BINDINGS = {10: "10.16.1.11", 11: "11.4.0.106"}
 CUDA_BINDINGS = ("cuda-bindings==13.5.0", "cuda-pathfinder==1.9.0")
+PYCUDA_COMPILER_NEEDS = ("pytools==2026.1.1", "platformdirs==4.14.5", "siphash24==1.9")
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.5.37", "nvidia-cuda-profiler-api==13.5.25")
 COMPILE = ["-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -42,8 +43,13 @@ def provision(folder: Path) -> None:
         _install(folder / f"bindings-{version}", f"tensorrt-cu13-bindings=={release}")
     _install(folder / "cuda-bindings", *CUDA_BINDINGS)
     libraries = folder / "lib"
+    compiler = libraries / "libnvrtc.so.13"
+    flags = f"-x c++ -std=c++17 -w -O1 -fPIC -shared -fvisibility=hidden -include {SOURCES / 'kernel.h'}"
+    _compile("cc", SOURCES / "nvrtc.c", compiler, "-std=c11",
+             f'-DCOMPILER="{_compiler("c++")}"', f'-DKERNEL_FLAGS="{flags}"')  # fmt: skip
     driver = libraries / "libcuda.so.1"
-    _compile("cc", SOURCES / "cuda.c", driver, "-std=c11")
+    # Linked against the compiler, whatever it calls of it: so NVIDIA's is not looked for.
+    _compile("cc", SOURCES / "cuda.c", driver, "-std=c11", "-Wl,--no-as-needed", str(compiler))
     _link(libraries / "libcuda.so", driver)
     runtime = libraries / "libcudart.so.13"
     _compile("cc", SOURCES / "cudart.c", runtime, "-std=c11", str(driver))
@@ -64,6 +70,7 @@ def provision_pycuda(folder: Path) -> None:
         UnavailableError: it cannot be had.
     """
     target = folder / "pycuda"
+    _install(folder / "pytools", *PYCUDA_COMPILER_NEEDS)
     if target.is_dir():
         return
     _install(folder / "cuda-headers", *CUDA_HEADERS)
@@ -80,7 +87,7 @@ def provision_pycuda(folder: Path) -> None:
 
 def environment(folder: Path, version: int) -> dict[str, str]:
     """Environment variables of a process in which `import tensorrt` finds the simulated TensorRT of this version."""
-    packages = [folder / name for name in (f"bindings-{version}", "cuda-bindings", "pycuda")]
+    packages = [folder / name for name in (f"bindings-{version}", "cuda-bindings", "pycuda", "pytools")]
     paths = [SOURCES / "packages", *packages, *_given("PYTHONPATH")]
     libraries = [folder / "lib", folder / "lib" / str(version), *_given("LD_LIBRARY_PATH")]
     return {
@@ -123,13 +130,18 @@ def _install(target: Path, *requirements: str) -> None:
 
 
 def _compile(driver: str, source: Path, library: Path, *options: str) -> None:
+    compiler = _compiler(driver)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    soname = f"-Wl,-soname,{library.name}"
+    _run(f"{source.name} does not compile", [compiler, *COMPILE, soname, "-o", str(library), str(source), *options])
+
+
+def _compiler(driver: str) -> str:
     name = os.environ.get({"cc": "CC", "c++": "CXX"}[driver], driver)
     compiler = shutil.which(name)
     if compiler is None:
         raise UnavailableError(f"there is no C compiler {name!r} for the simulated TensorRT")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    soname = f"-Wl,-soname,{library.name}"
-    _run(f"{source.name} does not compile", [compiler, *COMPILE, soname, "-o", str(library), str(source), *options])
+    return compiler
 
 
 def _link(link: Path, library: Path) -> None:
