@@ -61,6 +61,7 @@ def mixed_graph(prepared: PreparedModel, placement: Placement, amax: Mapping[str
 def _fused_with(pad: ir.Node) -> list[ir.Node]:
     """Return a Pad, and the Pads and convolutions behind it."""
     fused = [pad]
-    for use in pad.outputs[0].uses():
-        fused.extend(_fused_with(use.node) if use.node.op_type == "Pad" else [use.node])
+    for node in fused:  # grows on the way
+        if node.op_type == "Pad":
+            fused.extend(use.node for use in node.outputs[0].uses())
     return fused

@@ -7,29 +7,25 @@ every decision in it carries its rule and its reason. `engines.qdq` carries it o
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
-from engines.errors import ModelError
-from engines.graph import constant_array, is_activation, name_of
+from engines.graph import constant_array, is_activation
 
 Target = Literal["tensorrt", "cpu"]
-Residual = Literal["int8", "float"]
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators whose inputs are quantized: the ones that INT8 tensor cores and VNNI carry out."""
 
 COMMUTING = (
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Slice", "MaxPool", "Pad", "Split", "Expand",
-    "DepthToSpace", "SpaceToDepth", "Dropout", "Resize",
+    "DepthToSpace", "SpaceToDepth", "Dropout", "Resize", "Gather",
 )  # fmt: skip
 """Operators that move or select values without computing new ones: quantizing before or after them is the same.
 
-Pad and Resize do so in some of their modes only: `commutes` decides.
+Pad, Resize and Gather do so in some of their modes only: `commutes` decides.
 """
 
 
@@ -48,6 +44,10 @@ class ActivationPoint:
         nonnegative: the graph itself guarantees values >= 0.
         divisor: scale = amax / divisor: 127, or 255 where an upper clip has to coincide with the largest code.
         ceiling: that clip; amax counts up to there.
+        span: for affine codes, the lowest and the highest real value that they reach, 0 among them: scale =
+            (highest - lowest) / 255 and the zero point is the code of 0; else None.
+        amax: the largest magnitude where the graph itself guarantees one, as a Softmax does: scale = amax / divisor
+            without any calibration; else None.
     """
 
     tensor: str
@@ -59,10 +59,15 @@ class ActivationPoint:
     nonnegative: bool = False
     divisor: int = 127
     ceiling: float | None = None
+    span: tuple[float, float] | None = None
+    amax: float | None = None
 
     @property
     def zero_point(self) -> int:
         """The code of real 0."""
+        if self.span is not None:
+            lowest, highest = self.span
+            return round(-lowest * 255 / (highest - lowest))
         return 128 if self.unsigned and not self.nonnegative else 0
 
 
@@ -106,52 +111,26 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A whole plan for one graph and one target."""
+    """A whole plan for one graph and one target.
+
+    Attributes:
+        target: whose kernels it is for.
+        activations: the pairs on activations.
+        weights: the weights stored as INT8.
+        decisions: what happens to each weighted node.
+        groups: names of the calibrated tensors that share one scale, see `engines.scale_groups`.
+    """
 
     target: Target
     activations: tuple[ActivationPoint, ...]
     weights: tuple[WeightPoint, ...]
     decisions: tuple[Decision, ...]
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tensors(self) -> list[str]:
         """Names of the calibrated tensors that it takes scales from, each once, in order."""
-        return list(dict.fromkeys(point.scale_of for point in self.activations))
-
-
-def weighted_nodes(model: ir.Model, exclude: Sequence[str] = ()) -> tuple[list[ir.Node], list[Decision]]:
-    """Sort the weighted nodes into those that are quantized and those that are not.
-
-    Args:
-        model: a prepared model.
-        exclude: regular expressions; a node whose whole name one of them matches stays float.
-
-    Returns:
-        The nodes to quantize, in graph order, and a decision for every weighted node.
-
-    Raises:
-        ModelError: an expression is not valid, or matches no weighted node.
-    """
-    nodes = [node for node in model.graph if node.op_type in WEIGHTED and node.domain == ""]
-    excluded = _excluded(nodes, exclude)
-    chosen: list[ir.Node] = []
-    decisions: list[Decision] = []
-    for node in nodes:
-        name = node.name or ""
-        reason = _why_not(node)
-        if name in excluded:
-            rule, reason = "excluded", f"excluded by the expression {excluded[name]!r}"
-        elif reason is not None:
-            rule = "not-quantizable"
-        else:
-            rule, reason = "weighted-inputs", "all inputs of weighted operators are quantized"
-            chosen.append(node)
-        decisions.append(Decision(name, node.op_type, rule == "weighted-inputs", rule, reason))
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.graph is not model.graph and node.op_type in WEIGHTED and node.domain == "":
-            reason = "it stands in a branch or loop body; only the main graph is calibrated and quantized"
-            decisions.append(Decision(node.name or "", node.op_type, False, "subgraph", reason))
-    return chosen, decisions
+        return list(dict.fromkeys(point.scale_of for point in self.activations if point.amax is None))
 
 
 def operands(node: ir.Node) -> tuple[int, int]:
@@ -179,29 +158,74 @@ def weight_axis(node: ir.Node) -> int | None:
     return 1 if weight == 1 and tensor is not None and len(tensor.shape) == 2 else None
 
 
-def root(value: ir.Value) -> ir.Value:
-    """Follow a value back across `COMMUTING` operators to the tensor that its values come from.
+class Origins:
+    """Where the values of one graph come from: `root` and `never_negative`, each found once.
 
-    A Pad counts as commuting only where it adds zeros or repeats values: zero is a code of every scale.
+    What was found for one value serves all that depend on it, so that asking for every value of a graph takes time
+    linear in its size, however deep it is. The graph must not change meanwhile.
     """
-    while True:
-        producer = value.producer()
-        if producer is None or not commutes(producer):
-            return value
-        source = producer.inputs[0]
-        if source is None or not is_activation(source):
-            return value
-        value = source
+
+    def __init__(self) -> None:
+        self._roots: dict[ir.Value, ir.Value] = {}
+        self._nonnegative: dict[ir.Value, bool] = {}
+
+    def root(self, value: ir.Value) -> ir.Value:
+        """Follow a value back across `COMMUTING` operators to the tensor that its values come from."""
+        passed: list[ir.Value] = []
+        while value not in self._roots:
+            passed.append(value)
+            source = _moved_from(value)
+            if source is None:
+                break
+            value = source
+        found = self._roots.get(value, value)
+        self._roots.update(dict.fromkeys(passed, found))
+        return found
+
+    def never_negative(self, value: ir.Value) -> bool:
+        """Tell whether the graph itself guarantees that a tensor holds no negative value."""
+        waiting = [self.root(value)]
+        while waiting:
+            current = waiting[-1]
+            if current in self._nonnegative:
+                waiting.pop()
+                continue
+            answer = _nonnegative(current.producer())
+            if isinstance(answer, bool):
+                self._nonnegative[current] = answer
+                continue
+            operands = [self.root(operand) for operand in answer]
+            unknown = [operand for operand in operands if operand not in self._nonnegative]
+            waiting.extend(unknown)
+            if not unknown:
+                self._nonnegative[current] = all(self._nonnegative[operand] for operand in operands)
+        return self._nonnegative[self.root(value)]
+
+
+def root(value: ir.Value) -> ir.Value:
+    """Follow one value back to the tensor that its values come from; see `Origins`, which serves many values."""
+    return Origins().root(value)
+
+
+def never_negative(value: ir.Value) -> bool:
+    """Tell whether the graph guarantees that one tensor is never negative; see `Origins`, which serves many values."""
+    return Origins().never_negative(value)
 
 
 def commutes(node: ir.Node) -> bool:
-    """Tell whether a node only moves or selects the values of its first input."""
+    """Tell whether a node only moves or selects the values of its first input.
+
+    A Pad does where it adds zeros or repeats values: zero is a code of every scale. A Gather does where it reorders:
+    its indices are constants that leave nothing out. One that picks a few rows has a range of its own.
+    """
     if node.op_type not in COMMUTING or node.domain != "":
         return False
     if node.op_type == "Resize":
         return _attribute(node, "mode", "nearest") == "nearest" and (
             _attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
         )
+    if node.op_type == "Gather":
+        return _reorders(node)
     if node.op_type != "Pad":
         return True
     if _attribute(node, "mode", "constant") != "constant":
@@ -211,24 +235,6 @@ def commutes(node: ir.Node) -> bool:
         return True
     constant = constant_array(fill)
     return constant is not None and float(constant.numpy().reshape(-1)[0]) == 0.0
-
-
-def never_negative(value: ir.Value) -> bool:
-    """Tell whether the graph itself guarantees that a tensor holds no negative value."""
-    producer = root(value).producer()
-    if producer is None:
-        return False
-    if producer.op_type in ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Abs", "Exp"):
-        return True
-    if producer.op_type == "Clip":
-        low = clip_bounds(producer)[0]
-        return low is not None and low >= 0
-    if producer.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"):
-        source = producer.inputs[0]  # the other one holds axes
-        return source is not None and _nonnegative_operand(source)
-    if producer.op_type in ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Add"):
-        return all(source is not None and _nonnegative_operand(source) for source in producer.inputs)
-    return False
 
 
 def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
@@ -253,53 +259,49 @@ def sole_consumer(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def scale_tensor(value: ir.Value) -> str:
-    """Name the calibrated tensor that gives `value` its scale."""
-    return name_of(root(value))
+def _moved_from(value: ir.Value) -> ir.Value | None:
+    """Return the activation whose values the producer of `value` moves; None where it computes new ones."""
+    producer = value.producer()
+    if producer is None or not commutes(producer):
+        return None
+    source = producer.inputs[0]
+    return source if is_activation(source) else None
 
 
-def _excluded(nodes: Iterable[ir.Node], expressions: Sequence[str]) -> dict[str, str]:
-    excluded: dict[str, str] = {}
-    names = [node.name or "" for node in nodes]
-    for expression in expressions:
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise ModelError(f"Cannot exclude {expression!r}: not a regular expression: {error}.") from error
-        matched = [name for name in names if pattern.fullmatch(name)]
-        if not matched:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise ModelError(
-                f"Cannot exclude {expression!r}: it matches the whole name of none of the {len(names)} weighted nodes "
-                f"({shown}). Use '.*' for the parts that vary."
-            )
-        excluded.update(dict.fromkeys(matched, expression))
-    return excluded
+def _nonnegative(producer: ir.Node | None) -> bool | list[ir.Value]:
+    """Tell whether an operator gives no negative value, or which activations decide that."""
+    if producer is None or producer.domain != "":
+        return False
+    if producer.op_type in ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Abs", "Exp"):
+        return True
+    if producer.op_type == "Clip":
+        low = clip_bounds(producer)[0]
+        return low is not None and low >= 0
+    operands = producer.inputs
+    if producer.op_type in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"):
+        operands = operands[:1]  # the other one holds axes
+    elif producer.op_type not in ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Add"):
+        return False
+    activations: list[ir.Value] = []
+    for operand in operands:
+        constant = constant_array(operand)
+        if operand is None or (constant is not None and bool((constant.numpy() < 0).any())):
+            return False
+        if constant is None:
+            activations.append(operand)
+    return activations
 
 
-def _why_not(node: ir.Node) -> str | None:
-    """Say why a weighted node cannot be quantized; None where it can."""
-    activation, weight = operands(node)
-    constant = constant_array(node.inputs[weight])
-    if constant is None:
-        if node.op_type == "MatMul":
-            return "both operands are activations: attention products stay float"
-        return "its weight is computed at run time"
-    if constant.dtype != ir.DataType.FLOAT:
-        return f"its weight is {constant.dtype.name}, not FLOAT"
-    data = node.inputs[activation]
-    if constant_array(data) is not None:
-        return "its data input is a constant"
-    if not is_activation(data):
-        return "the type of its data input is unknown: shape inference stops at an operator before it"
-    return None
-
-
-def _nonnegative_operand(value: ir.Value) -> bool:
-    constant = constant_array(value)
-    if constant is not None:
-        return bool((constant.numpy() >= 0).all())
-    return never_negative(value)
+def _reorders(gather: ir.Node) -> bool:
+    """Tell whether the constant indices of a Gather name every element of its axis."""
+    data, indices = gather.inputs[0], constant_array(gather.inputs[1])
+    if data is None or data.shape is None or indices is None:
+        return False
+    attribute = gather.attributes.get("axis")
+    length = data.shape[0 if attribute is None else attribute.as_int()]
+    if not isinstance(length, int) or indices.size < length:
+        return False
+    return len({int(index) % length for index in indices.numpy().reshape(-1)}) == length
 
 
 def _attribute(node: ir.Node, name: str, default: str) -> str:

@@ -16,9 +16,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from calibrators.errors import CalibrationError
 from calibrators.numerics import fp16_scale, quantize_weights
 from calibrators.protocols import Array
+from engines.cpu_sums import write_sums
 from engines.graph import PreparedModel, constant_array, name_of
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
 from engines.placement import ActivationPoint, Placement, WeightPoint
+from engines.scale_groups import shared_scales
 
 INT32_LIMIT = 2**31 - 1
 FULL_WEIGHT_RANGE = 127
@@ -65,7 +67,8 @@ def insert_qdq(
     Args:
         prepared: the graph that the placement was made for.
         placement: which tensors.
-        scales: scale (amax / 127) by tensor name; every name in `placement.tensors` is needed.
+        scales: scale (amax / 127) by tensor name; every name in `placement.tensors` is needed. The tensors of a group
+            get the largest one of theirs, see `engines.scale_groups.shared_scales`.
         typed: the same graph in FP16 and FP32 (`engines.fp16.in_fp16`), edited in place of a copy of `prepared`. Q and
             DQ take over its casts: Q reads the tensor in the type that it is computed in, each DQ gives the type that
             its readers compute in. The codes of weights are made from FP32; scales that meet FP16 are rounded up to
@@ -81,6 +84,7 @@ def insert_qdq(
         CalibrationError: a scale is missing, zero or not finite.
     """
     _check_scales(placement, scales)
+    scales = shared_scales(placement, scales)
     source = {node.name: node for node in prepared.ir().graph}
     model = prepared.ir() if typed is None else typed
     writer = _Writer(model.graph, source)
@@ -88,18 +92,20 @@ def insert_qdq(
     points = {point.scale_of: point for point in reversed(placement.activations)}
     weight_ranges: dict[str, int] = {}
     for weight in placement.weights:
-        point = points[weight.data_scale_of]
-        limit = _weight_range(point, scales, largest) if reduce_range else FULL_WEIGHT_RANGE
+        point = points.get(weight.data_scale_of)  # None where weights alone are quantized
+        limit = _weight_range(point, scales, largest) if reduce_range and point is not None else FULL_WEIGHT_RANGE
         weight_ranges[weight.node] = limit
         original = source[weight.node].inputs[weight.index]
         if original is None:
             raise AssertionError(f"{weight.node} has no weight")
-        writer.weight(weight, original, limit, point_scale(point, scales))
+        writer.weight(weight, original, limit, None if point is None else point_scale(point, scales))
     pair_scales: dict[str, float] = {}
     for point in placement.activations:
         scale = point_scale(point, scales)
         pair_scales[point.tensor] = fp16_scale(scale) if point.scale_of in halves else scale
         writer.activation(point, pair_scales[point.tensor])
+    if placement.target == "cpu":
+        write_sums(model)
     RemoveUnusedNodesPass()(model)
     precision = "int8" if typed is None else "int8+fp16"
     model.metadata_props.update({TARGET_KEY: placement.target, PRECISION_KEY: precision, **(metadata or {})})
@@ -107,7 +113,15 @@ def insert_qdq(
 
 
 def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
-    """Return the scale of a pair: amax / divisor, from the calibrated amax / 127, in float32's grid."""
+    """Return the scale of a pair: amax / divisor, from the calibrated amax / 127, in float32's grid.
+
+    Affine codes divide what they span among 255 steps. Where the graph guarantees a largest magnitude, that one counts.
+    """
+    if point.span is not None:
+        lowest, highest = point.span
+        return float(np.float32((highest - lowest) / 255))
+    if point.amax is not None:
+        return float(np.float32(point.amax / point.divisor))
     if point.divisor == 127:
         return float(np.float32(scales[point.scale_of]))
     amax = scales[point.scale_of] * 127
@@ -178,21 +192,21 @@ class _Writer:
         else:
             self._graph.insert_after(producer, written)
 
-    def weight(self, point: WeightPoint, original: ir.Value, limit: int, activation_scale: float) -> None:
+    def weight(self, point: WeightPoint, original: ir.Value, limit: int, activation_scale: float | None) -> None:
         """Store a weight, and the bias where the placement says so, as integers.
 
         Args:
             point: the weight.
             original: what the node reads in the FP32 graph.
             limit: the largest weight code.
-            activation_scale: scale of the node's other input.
+            activation_scale: scale of the node's other input; None where that stays float.
         """
         name, constant = name_of(original), constant_array(original)
         if constant is None:
             raise AssertionError(f"the weight of {point.node} is no constant")
         node = self._nodes[point.node]
         dtype = _float_type(node.inputs[point.index])
-        bias = constant_array(node.inputs[2]) if point.integer_bias else None
+        bias = constant_array(node.inputs[2]) if point.integer_bias and activation_scale is not None else None
         # The bias of a node bounds the scales of its weight, so such a weight is shared with no other node.
         key = (name, dtype, point.axis, limit, None if bias is None else node.name)
         if key in self._weights:
@@ -201,8 +215,10 @@ class _Writer:
         array = constant.numpy()
         minimum_scale: Array | None = None
         bias_array: Array | None = None
-        if bias is not None and point.axis is not None:
-            bias_array = np.broadcast_to(bias.numpy().astype(np.float64).reshape(-1), (array.shape[point.axis],))
+        if bias is not None and activation_scale is not None:
+            bias_array = bias.numpy().astype(np.float64).reshape(-1)
+            if point.axis is not None:
+                bias_array = np.broadcast_to(bias_array, (array.shape[point.axis],))
             # A bias code must fit INT32: bias / (s_x * s_w) <= 2^31 - 1 bounds the weight's scale from below.
             minimum_scale = np.abs(bias_array) / (activation_scale * INT32_LIMIT)
         half = dtype == ir.DataType.FLOAT16
@@ -210,11 +226,12 @@ class _Writer:
         real = self._dequantized(node, name, codes, scale.astype(dtype.numpy()), point.axis)
         self._weights[key] = real
         node.replace_input_with(point.index, real)
-        if bias_array is not None:
+        if bias_array is not None and activation_scale is not None:
             bias_scale = np.float64(activation_scale) * scale.astype(np.float64)
             bias_codes = np.clip(np.rint(bias_array / bias_scale), -INT32_LIMIT, INT32_LIMIT).astype(np.int32)
-            stem = f"{node.name}_bias"
-            node.replace_input_with(2, self._dequantized(node, stem, bias_codes, bias_scale.astype(np.float32), 0))
+            axis = None if point.axis is None else 0
+            real = self._dequantized(node, f"{node.name}_bias", bias_codes, bias_scale.astype(np.float32), axis)
+            node.replace_input_with(2, real)
 
     def _edges(self, point: ActivationPoint) -> list[tuple[ir.Node, int]]:
         """Return the (node, input index) pairs that are to read the dequantized value."""

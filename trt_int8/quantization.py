@@ -4,186 +4,179 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
+from calibrators.numerics import LEVELS
 from calibrators.protocols import Track, untracked
 from engines.fp16 import HeldNode, convert_to_fp16
-from engines.graph import PreparedModel, open_session, prepare, save_model
+from engines.granularity import Activations, Weights, with_affine_activations, with_one_weight_scale
+from engines.graph import PreparedModel, prepare, save_model
 from engines.mixed import mixed_graph
 from engines.onnxrt import tensor_specs
-from engines.placement import Decision, Placement, Residual, Target
+from engines.placement import Placement, Target
 from engines.placement_cpu import place_for_cpu
+from engines.placement_options import Attention, PlacementOptions, Residual
 from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import FULL_WEIGHT_RANGE, QuantizedModel, insert_qdq
+from engines.scale_groups import without_silent
 from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import UsageError
-from trt_int8.input_alarm import INPUTS_KEY, summary_text
+from trt_int8.input_alarm import INPUTS_KEY, note_inputs, summary_text
 from trt_int8.machine import saturates_unsigned_products
+from trt_int8.placement_options import placement_entry, placement_options
+from trt_int8.quantize_modes import quantize_dynamically, quantize_weights_only
+from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY, Fp16Result, Int8Precision, Mode, QuantizeResult
+from trt_int8.saturation import saturation_note
+from trt_int8.smoothing import Smoothed, smooth_model
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
 
-Int8Precision = Literal["int8", "int8+fp16"]
-"""What an INT8 model computes in: its other layers in FP32, or in FP16."""
-
-METHOD_KEY = "trt_int8.method"
-"""Metadata key of quantized models: the calibration method."""
-
-CALIBRATION_KEY = "trt_int8.calibration"
-"""Metadata key of quantized models: the hash of the calibration."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """An INT8 model.
-
-    Attributes:
-        path: the file.
-        target: the placement it was made for.
-        precision: what it computes in.
-        method: the calibration method.
-        placement: what was done where, and why.
-        scales: scale of every Q/DQ pair.
-        held: with "int8+fp16", the nodes kept in FP32, and why.
-        auto: what `auto` chose, where it had data to choose by.
-        notes: what a user should know: reduced weight range, nodes held back.
-    """
-
-    path: Path
-    target: Target
-    precision: Int8Precision
-    method: str
-    placement: Placement
-    scales: Mapping[str, float]
-    held: tuple[HeldNode, ...]
-    auto: AutoChoice | None
-    notes: tuple[str, ...]
-
-    @property
-    def held_back(self) -> tuple[Decision, ...]:
-        """The weighted nodes that stay float."""
-        return tuple(decision for decision in self.placement.decisions if not decision.quantized)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {
-            "file": self.path.name,
-            "target": self.target,
-            "precision": self.precision,
-            "method": self.method,
-            "scales": dict(self.scales),
-            "pairs": [
-                {"tensor": point.tensor, "scale_of": point.scale_of, "rule": point.rule, "reason": point.reason}
-                for point in self.placement.activations
-            ],
-            "decisions": [asdict(decision) for decision in self.placement.decisions],
-            "held": [asdict(node) for node in self.held],
-            "auto": None if self.auto is None else {**asdict(self.auto), "scales": None},
-            "notes": list(self.notes),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Fp16Result:
-    """An FP16 model.
-
-    Attributes:
-        path: the file.
-        held: the nodes kept in FP32, and why.
-        nodes: number of nodes of the FP32 graph.
-    """
-
-    path: Path
-    held: tuple[HeldNode, ...]
-    nodes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {"file": self.path.name, "held": [asdict(node) for node in self.held], "nodes": self.nodes}
-
 
 def quantize(
     model: str | os.PathLike[str],
-    calibration: Calibration,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     *,
     output: str | os.PathLike[str],
+    mode: Mode = "static",
     method: Method = "entropy",
     percentile: float = 99.99,
     target: Target = "tensorrt",
     precision: Int8Precision = "int8",
+    weights: Weights = "per-channel",
+    activations: Activations = "symmetric",
     residual: Residual = "int8",
+    attention: Attention = "float",
+    smooth: float | None = None,
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     data: DataSpec | None = None,
     preprocessing: Preprocessing | None = None,
     reduce_range: bool | None = None,
     force: bool = False,
     auto: AutoChoice | None = None,
+    smoothed: Smoothed | None = None,
     track: Track = untracked,
 ) -> QuantizeResult:
     """Write an INT8 model with explicit Q/DQ nodes.
 
     Args:
         model: the FP32 ONNX file that was calibrated.
-        calibration: its calibration.
+        calibration: its calibration, or the file that holds it; the mode static alone takes one, and needs it.
         output: the file to write.
+        mode: "static" fixes every scale by the calibration; "dynamic" finds those of activations at every run, on ONNX
+            Runtime's CPU kernels alone; "weight-only" stores the weights as INT8 and computes in float.
         method: the calibration method. "auto" with `data` measures which does least harm; without, it equals "mse".
         percentile: of the percentile method.
         target: "tensorrt" (signed, zero point 0) or "cpu" (ONNX Runtime's integer kernels, the same scales).
         precision: "int8" leaves the layers that are not quantized in FP32; "int8+fp16" has them in FP16, and in FP32
             where calibration saw values near the end of FP16's range. For the TensorRT target only.
+        weights: one scale for each output channel of a weight, or one for the whole weight.
+        activations: symmetric codes, or affine ones, which spend no code beyond the values that occurred; affine for
+            the CPU target only.
         residual: whether the skip input of residual Adds is quantized on the TensorRT target.
+        attention: whether the operands of attention products are quantized on the TensorRT target, where the rules
+            allow it.
+        smooth: in [0, 1], how much of the difficulty of normalized activations goes into the weights behind them; see
+            `trt_int8.smoothing`. None leaves the model as it is; else `data` is read twice.
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
-        data: held-back data for "auto".
+        include: the same for nodes to quantize against a rule about speed or accuracy; see `engines.node_rules`.
+        data: held-back data for "auto"; for `smooth`, calibration data.
         preprocessing: of `data`, for image folders.
         reduce_range: 7-bit weights on the CPU target where products could saturate; None decides by this processor.
         force: use a calibration of another graph where the tensor names fit.
         auto: a choice made before, for the other target; saves measuring again.
+        smoothed: the model as `trt_int8.smoothing.smooth_model` left it, instead of `smooth`; saves its passes.
         track: shows progress.
 
     Raises:
         CalibrationError: the calibration belongs to another model, or lacks a scale.
-        ModelError: an expression of `exclude` matches nothing.
-        UsageError: "int8+fp16" for the CPU target.
+        ModelError: an expression of `exclude` or `include` matches nothing, or the mode finds nothing to quantize.
+        UsageError: "int8+fp16" for the CPU target, affine activations or dynamic quantization for TensorRT, or a
+            calibration that the mode does not take, or lacks.
     """
+    if isinstance(calibration, str | os.PathLike):
+        calibration = Calibration.load(calibration)
+    check_choice("mode", mode, Mode)
+    check_choice("weights", weights, Weights)
+    check_choice("activations", activations, Activations)
     check_choice("target", target, Target)
     check_choice("precision", precision, Int8Precision)
-    check_choice("residual", residual, Residual)
+    options = placement_options(residual, attention, exclude, include)
     if precision == "int8+fp16" and target == "cpu":
         raise UsageError(
             "Cannot write int8+fp16 for the target cpu: ONNX Runtime's CPU kernels compute the layers that are not "
             "quantized in FP32. Take the precision int8, or the target tensorrt."
         )
+    if activations == "affine" and target != "cpu":
+        raise UsageError(
+            "Cannot write affine activations for the target tensorrt: TensorRT's INT8 is symmetric, with zero point 0. "
+            "Take the target cpu, or symmetric activations."
+        )
+    if attention == "int8" and target != "tensorrt":
+        raise UsageError(
+            "Cannot quantize attention products for the target cpu: they stay float there. Take the target tensorrt, "
+            "or attention float."
+        )
+    if mode != "static":
+        _check_mode(
+            mode,
+            calibration,
+            options,
+            target=target,
+            precision=precision,
+            activations=activations,
+            smooth=smooth is not None,
+            data=data is not None,
+        )
+        if mode == "dynamic":
+            return quantize_dynamically(model, output, options=options, weights=weights, reduce_range=reduce_range)
+        return quantize_weights_only(model, output, options=options, target=target, weights=weights)
+    if calibration is None:
+        raise UsageError(
+            "Cannot quantize in the mode static without a calibration: the scales of activations come from it. Make "
+            "one with `trt-int8 calibrate`, or take the mode dynamic or weight-only."
+        )
+    calibration.scales(method, percentile=percentile)  # what it cannot serve is told before anything slow
     prepared = prepare(model)
     if not force:
         check_fits(calibration, prepared)
+    if smooth is not None and smoothed is None:
+        smoothed = smooth_model(prepared, calibration, data, smooth, preprocessing=preprocessing, track=track)
+    if smoothed is not None:
+        prepared, calibration = smoothed.prepared, smoothed.calibration
     graph = prepared.ir()
+    largest = calibration.amax("minmax")
     if method == "auto" and data is not None and auto is None:
-        judged = place_for_tensorrt(graph, residual=residual, exclude=exclude)
+        judged = place_for_tensorrt(graph, options, amax=largest)
         auto = _choose(prepared, judged, calibration, data, preprocessing, percentile, track)
     scales = calibration.scales(method, percentile=percentile)
     if method == "auto" and auto is not None:
         # Tensors that only the CPU placement quantizes take the method that won for the whole model.
         scales = calibration.scales(_majority(auto), percentile=percentile) | auto.scales
     if target == "cpu":
-        placement = place_for_cpu(graph, exclude=exclude)
+        placement = place_for_cpu(graph, options, amax=largest)
         reduced = saturates_unsigned_products() if reduce_range is None else reduce_range
     else:
-        placement = place_for_tensorrt(graph, residual=residual, exclude=exclude)
+        placement = place_for_tensorrt(graph, options, amax=largest)
         reduced = bool(reduce_range)
+    scales = without_silent(placement, scales, calibration.always_zero)
+    if weights == "per-tensor":
+        placement = with_one_weight_scale(placement)
+    if activations == "affine":
+        amax = {name: scale * LEVELS for name, scale in scales.items()}
+        placement = with_affine_activations(placement, amax, {name: calibration.range(name) for name in amax})
     quantized, held = write_quantized(
         prepared,
         placement,
         scales,
-        calibration.amax("minmax"),
+        largest,
         output,
         precision=precision,
         reduce_range=reduced,
@@ -191,18 +184,24 @@ def quantize(
             METHOD_KEY: method_name(method, percentile),
             CALIBRATION_KEY: calibration.sha256,
             INPUTS_KEY: summary_text(calibration.input_statistics),
+            **placement_entry(options),
         },
     )
     return QuantizeResult(
         Path(output),
         target,
         precision,
+        mode,
         method,
         placement,
         quantized.scales,
         held,
         auto if method == "auto" else None,
-        _notes(quantized, calibration, method, auto),
+        (
+            *(() if smoothed is None else smoothed.notes),
+            *_notes(quantized, calibration, method, auto),
+            *_saturation(quantized.placement, calibration, method, percentile),
+        ),
     )
 
 
@@ -242,9 +241,7 @@ def write_quantized(
         largest=largest,
         metadata=metadata,
     )
-    proto = ir.to_proto(quantized.model)
-    open_session(proto, execution="exact")  # what ONNX Runtime refuses is not written
-    save_model(proto, output)
+    save_model(quantized.model, output, loads=True)  # what ONNX Runtime refuses is not written
     return quantized, () if mixed is None else mixed.held
 
 
@@ -266,6 +263,7 @@ def convert_fp16(
     if not force:
         check_fits(calibration, prepared)
     converted = convert_to_fp16(prepared, calibration.amax("minmax"))
+    note_inputs(converted.model, calibration.input_statistics)
     save_model(converted.model, output)
     return Fp16Result(Path(output), converted.held, converted.nodes)
 
@@ -273,6 +271,36 @@ def convert_fp16(
 def method_name(method: str, percentile: float) -> str:
     """Return a calibration method together with what it is told by: "percentile 99.99"."""
     return f"percentile {percentile:g}" if method == "percentile" else method
+
+
+def _check_mode(
+    mode: Mode,
+    calibration: Calibration | None,
+    options: PlacementOptions,
+    *,
+    target: Target,
+    precision: Int8Precision,
+    activations: Activations,
+    smooth: bool,
+    data: bool,
+) -> None:
+    """Refuse what a mode without calibration has no use for, rather than ignoring it."""
+    if mode == "dynamic" and target != "cpu":
+        raise UsageError(
+            "Cannot quantize dynamically for the target tensorrt: TensorRT has no INT8 kernels that find their scales "
+            "at run time. Take the target cpu, or the mode static."
+        )
+    unused = {
+        "a calibration": calibration is not None,
+        "the precision int8+fp16": precision != "int8",
+        "affine activations (dynamic ones always are)": activations != "symmetric",
+        "smoothing": smooth,
+        "data": data,
+        "attention int8": options.attention != "float",
+    }
+    for what, given in unused.items():
+        if given:
+            raise UsageError(f"The mode {mode} does not take {what}: that is for the mode static. Leave it out.")
 
 
 def _choose(
@@ -291,6 +319,15 @@ def _choose(
 
 def _majority(auto: AutoChoice) -> str:
     return min(auto.whole_model, key=lambda method: auto.whole_model[method])
+
+
+def _saturation(placement: Placement, calibration: Calibration, method: str, percentile: float) -> tuple[str, ...]:
+    """Tell of what the methods cut off that do not look at the size of errors."""
+    if method not in ("entropy", "percentile"):
+        return ()
+    thresholds = calibration.amax(method, percentile)
+    note = saturation_note(placement, thresholds, calibration, method_name(method, percentile))
+    return () if note is None else (note,)
 
 
 def _notes(

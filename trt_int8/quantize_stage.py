@@ -8,11 +8,14 @@ from typing import Any
 
 from calibrators.calibration import Calibration
 from calibrators.protocols import Track, untracked
+from engines.graph import prepare
 from trt_int8.auto import AutoChoice
 from trt_int8.caches import tensorrt_cache
 from trt_int8.config import QuantizeConfig, RunConfig
-from trt_int8.quantization import QuantizeResult, convert_fp16, quantize
+from trt_int8.quantization import convert_fp16, quantize
+from trt_int8.quantize_result import QuantizeResult
 from trt_int8.run_plan import FP16, MODEL, Variant
+from trt_int8.smoothing import Smoothed, smooth_model
 
 CACHE_VERSION = "10.16.1"
 """TensorRT version in the cache's header; `trt-int8 cache export --tensorrt` writes it for another one."""
@@ -46,20 +49,39 @@ def quantize_all(
     options = config.quantize
     results: list[QuantizeResult] = []
     auto: AutoChoice | None = None
+    smoothed: Smoothed | None = None
+    if options.smooth is not None:
+        smoothed = smooth_model(
+            prepare(folder / MODEL),
+            calibration,
+            config.data.calibration,
+            options.smooth,
+            preprocessing=config.data.preprocessing_for(config.data.calibration),
+            batch_size=config.data.batch_size,
+            threads=config.benchmark.threads,
+            track=track,
+        )
     for variant in track(variants, "quantize", len(variants)):
+        static = variant.mode == "static"
         result = quantize(
             folder / MODEL,
-            calibration,
+            calibration if static else None,
             output=folder / variant.file,
+            mode=variant.mode,
             method=variant.method,
             percentile=options.percentile,
             target=variant.target,
             precision=variant.precision,
+            weights=options.weights,
+            activations=options.activations if static and variant.target == "cpu" else "symmetric",
             residual=options.residual,
+            attention=options.attention if static and variant.target == "tensorrt" else "float",
             exclude=options.exclude,
-            data=held_back if variant.method == "auto" else None,
+            include=options.include,
+            data=held_back if variant.method == "auto" and static else None,
             preprocessing=config.data.preprocessing_for(held_back),
             auto=auto,
+            smoothed=smoothed if static else None,
             track=track,
         )
         auto = result.auto or auto

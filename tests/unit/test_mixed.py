@@ -20,6 +20,7 @@ from engines.errors import EngineBuildError
 from engines.graph import PreparedModel, float_activations, prepare
 from engines.mixed import mixed_graph
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
+from engines.placement_options import PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import QuantizedModel, insert_qdq
 from engines.trt_types import check_types
@@ -34,7 +35,7 @@ def calm(prepared: PreparedModel, **larger: float) -> dict[str, float]:
 
 
 def quantized(prepared: PreparedModel, amax: Mapping[str, float], scales: Mapping[str, float]) -> QuantizedModel:
-    placement = place_for_tensorrt(prepared.ir())
+    placement = place_for_tensorrt(prepared.ir(), PlacementOptions(include=[".*"]))
     return insert_qdq(prepared, placement, scales, typed=mixed_graph(prepared, placement, amax).model)
 
 
@@ -287,7 +288,7 @@ class TestHeldNodes:
         prepared = prepare(graph.save(tmp_path / "m.onnx", ["ra", "b"]))
         amax = {"in": 4.0, "x": 4.0, "a": 4.0, "b": 4.0} | {large: 40000.0}
         model = mixed(prepared, amax)
-        held = mixed_graph(prepared, place_for_tensorrt(prepared.ir()), amax).held
+        held = mixed_graph(prepared, place_for_tensorrt(prepared.ir(), PlacementOptions(include=[".*"])), amax).held
 
         assert kinds(model, "n_p", "n_a", "n_b") == [FLOAT] * 3
         together = [node.node for node in held if node.node in ("n_p", "n_a", "n_b")]
@@ -307,7 +308,7 @@ class TestHeldNodes:
         scales = dict.fromkeys(calm(residual), 0.02)
         image = np.random.default_rng(3).normal(size=(2, 3, 8, 8)).astype(np.float32)
         model = mixed(residual, calm(residual, **dict.fromkeys(large, 1e6)), scales)
-        plain = insert_qdq(residual, place_for_tensorrt(residual.ir()), scales).model
+        plain = insert_qdq(residual, place_for_tensorrt(residual.ir(), PlacementOptions(include=[".*"])), scales).model
 
         expected, found = (run_model(each, {"x": image}) for each in (plain, model))
         for name, value in expected.items():
@@ -375,7 +376,7 @@ class TestNumbers:
         self, residual: PreparedModel, larger: dict[str, float], run_model: Callable[..., Any]
     ) -> None:
         """FP16 adds less noise than INT8 made, whatever is held: 35 dB and more between the two models."""
-        placement = place_for_tensorrt(residual.ir())
+        placement = place_for_tensorrt(residual.ir(), PlacementOptions(include=[".*"]))
         image = np.random.default_rng(6).normal(size=(8, 3, 8, 8)).astype(np.float32)
         computed = run_model(residual.proto, {"x": image}, fetch=float_activations(residual.ir())[1:])
         amax = {name: float(np.abs(value).max()) for name, value in {"x": image, **computed}.items()}
@@ -408,5 +409,16 @@ class TestNumbers:
         ]  # fmt: skip
         found = run_model(model, {"x": image})["y"]
         assert np.isfinite(found).all()
-        plain = run_model(insert_qdq(prepared, place_for_tensorrt(prepared.ir()), scales).model, {"x": image})["y"]
+        placement = place_for_tensorrt(prepared.ir(), PlacementOptions(include=[".*"]))
+        plain = run_model(insert_qdq(prepared, placement, scales).model, {"x": image})["y"]
         assert sqnr_db(plain, found) > 35
+
+
+def test_a_model_whose_placement_found_nothing_is_told_from_one_that_was_never_quantized(tiny_model: Path) -> None:
+    """Both hold FP32 alone; the first one's user has to learn why."""
+    model = onnx.load(tiny_model)
+    with pytest.raises(EngineBuildError, match="it holds float32 alone; expected Q/DQ nodes"):
+        check_types(tiny_model, model, "int8", implicit=False)
+    onnx.helper.set_model_props(model, {PRECISION_KEY: "int8", TARGET_KEY: "tensorrt"})
+    with pytest.raises(EngineBuildError, match=r"none of its nodes gains from INT8 .* --explain"):
+        check_types(tiny_model, model, "int8", implicit=False)

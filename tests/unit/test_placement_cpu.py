@@ -19,6 +19,7 @@ import pytest
 from engines.graph import PreparedModel, float_activations, prepare
 from engines.placement import ActivationPoint
 from engines.placement_cpu import place_for_cpu
+from engines.placement_options import PlacementOptions
 from engines.qdq import insert_qdq, point_scale
 
 INPUT = np.random.default_rng(2).normal(size=(2, 4, 8, 8)).astype(np.float32)
@@ -119,6 +120,17 @@ def several_readers(g: Any, x: str) -> list[str]:
 def relu_output(g: Any, x: str) -> list[str]:
     y = g.node("Relu", [g.conv(x, (4, 8))], "features")
     return ["features", g.conv(y, (8, 4)), g.node("Exp", [y])]
+
+
+def encoder(g: Any, x: str) -> list[str]:
+    def normalized(value: str, name: str) -> str:
+        gain, shift = g.normal((8,)), g.normal((8,))
+        return str(g.node("LayerNormalization", [value, gain, shift], name))
+
+    x = normalized(x, "normal_1")
+    wide = g.node("Gelu", [g.node("MatMul", [x, g.normal((8, 32))])], "inner")
+    x = normalized(g.node("Add", [x, g.node("MatMul", [wide, g.normal((32, 8))])]), "normal_2")
+    return [g.node("MatMul", [x, g.normal((8, 16))])]
 
 
 def silu(g: Any, x: str) -> list[str]:
@@ -366,15 +378,40 @@ class TestCodes:
 class TestRegion:
     """How far integers are carried."""
 
-    def test_all_readers_of_a_quantized_tensor_read_it_dequantized(self, drawn: Any) -> None:
-        """One tensor has one value, also for the Exp beside the convolution: no edge is left out."""
-        assert all(point.uses is None for point in points(drawn(relu_output)).values())
+    def test_all_readers_of_what_an_integer_kernel_gives_read_it_dequantized(self, drawn: Any) -> None:
+        """There is no other value of it, also for the Exp beside the convolution: no edge is left out."""
+        placed = points(drawn(relu_output))
+
+        assert all(point.uses is None for point in placed.values() if point.tensor != "x")
+        assert [index for _, index in placed["x"].uses or ()] == [0]
+
+    def test_float_readers_of_what_was_computed_in_float_read_that(self, drawn: Any) -> None:
+        """In a transformer the residual stream is not rounded for the matrix products that read it too."""
+        prepared = drawn(encoder)
+        readers = {node.name: node.op_type for node in prepared.proto.graph.node}
+        placed = points(prepared)
+
+        assert sorted(placed) == ["inner", "normal_1", "normal_2"]
+        assert {readers[name] for point in placed.values() for name, _ in point.uses or ()} == {"MatMul"}
+
+    def test_a_residual_sum_before_a_normalization_stays_float_and_apart(
+        self, drawn: Any, minmax: Any, tmp_path: Path, run_model: Callable[..., Any]
+    ) -> None:
+        """ONNX Runtime leaves one Q for each product's input, and neither DQ nor SkipLayerNormalization."""
+        prepared = drawn(encoder)
+        result = insert_qdq(prepared, place_for_cpu(prepared.ir()), minmax(prepared))
+        run_model(result.model, {"x": INPUT}, optimized=True, optimized_model=tmp_path / "optimized.onnx")
+        operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+        assert operators["QuantizeLinear"] == 3
+        assert operators["LayerNormalization"] == 2
+        assert not {"DequantizeLinear", "QLinearAdd", "SkipLayerNormalization", "MatMul"} & set(operators)
 
     def test_excluded_nodes_keep_float_inputs_where_nothing_else_wants_integers(self, drawn: Any) -> None:
         """Excluding the last convolution takes its output away, not its neighbour's."""
         prepared = drawn(plain)
         names = [node.name for node in prepared.proto.graph.node if node.op_type == "Conv"]
-        placement = place_for_cpu(prepared.ir(), exclude=[names[-1]])
+        placement = place_for_cpu(prepared.ir(), PlacementOptions(exclude=[names[-1]]))
 
         assert [weight.node for weight in placement.weights] == names[:-1]
         outputs = {node.name: node.output[0] for node in prepared.proto.graph.node}

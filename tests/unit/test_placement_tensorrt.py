@@ -13,12 +13,13 @@ import pytest
 from engines.errors import ModelError
 from engines.graph import prepare
 from engines.placement import Placement
+from engines.placement_options import PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 
 
 def placed(graph: Any, folder: Path, outputs: list[str], **options: Any) -> Placement:
     prepared = prepare(graph.save(folder / "m.onnx", outputs))
-    return place_for_tensorrt(prepared.ir(), **options)
+    return place_for_tensorrt(prepared.ir(), PlacementOptions(**options))
 
 
 def edges(placement: Placement) -> dict[str, set[tuple[str, int]]]:
@@ -40,8 +41,8 @@ class TestWeightedOperators:
     def test_a_chain_of_convolutions(self, graph_builder: Any, tmp_path: Path) -> None:
         """Each convolution's input is quantized behind the Relu; no output is."""
         graph = graph_builder()
-        a = graph.node("Relu", [graph.conv(graph.input(), (3, 4), "a")], "ra")
-        graph.conv(graph.node("Relu", [graph.conv(a, (4, 4), "b")], "rb"), (4, 2), "y")
+        a = graph.node("Relu", [graph.conv(graph.input(), (3, 16), "a")], "ra")
+        graph.conv(graph.node("Relu", [graph.conv(a, (16, 16), "b")], "rb"), (16, 8), "y")
         placement = placed(graph, tmp_path, ["y"])
 
         assert edges(placement) == {"x": {("n_a", 0)}, "ra": {("n_b", 0)}, "rb": {("n_y", 0)}}
@@ -54,7 +55,7 @@ class TestWeightedOperators:
     def test_points_are_signed_with_zero_point_zero(self, graph_builder: Any, tmp_path: Path) -> None:
         """TensorRT has no other kind, also behind a Relu, and biases stay float."""
         graph = graph_builder()
-        graph.conv(graph.node("Relu", [graph.conv(graph.input(), (3, 4))]), (4, 2), "y")
+        graph.conv(graph.node("Relu", [graph.conv(graph.input(), (3, 16))]), (16, 8), "y")
         placement = placed(graph, tmp_path, ["y"])
 
         assert [(p.unsigned, p.zero_point, p.divisor) for p in placement.activations] == [(False, 0, 127)] * 2
@@ -63,16 +64,16 @@ class TestWeightedOperators:
     def test_axes_of_per_channel_weights(self, graph_builder: Any, tmp_path: Path) -> None:
         """Conv 0, ConvTranspose 1, grouped ConvTranspose none, Gemm by transB, MatMul 1, batched MatMul none."""
         graph = graph_builder()
-        x = graph.input("x", (2, 4, 6, 6))
-        graph.conv(x, (4, 4), "conv")
-        graph.node("ConvTranspose", [x, graph.normal((4, 3, 2, 2))], "up")
-        graph.node("ConvTranspose", [x, graph.normal((4, 3, 2, 2))], "grouped", group=2)
-        rows = graph.node("Reshape", [x, graph.constant(np.int64([2, 144]))], "rows")
-        graph.node("Gemm", [rows, graph.normal((5, 144))], "gemm_t", transB=1)
-        graph.node("Gemm", [rows, graph.normal((144, 5))], "gemm")
-        graph.node("MatMul", [rows, graph.normal((144, 5))], "matmul")
-        graph.node("MatMul", [x, graph.normal((4, 6, 5))], "batched")
-        graph.node("MatMul", [graph.normal((5, 6)), x], "left")
+        x = graph.input("x", (2, 32, 16, 16))
+        graph.conv(x, (32, 16), "conv")
+        graph.node("ConvTranspose", [x, graph.normal((32, 16, 2, 2))], "up")
+        graph.node("ConvTranspose", [x, graph.normal((32, 16, 2, 2))], "grouped", group=2)
+        rows = graph.node("Reshape", [x, graph.constant(np.int64([2, 8192]))], "rows")
+        graph.node("Gemm", [rows, graph.normal((16, 8192))], "gemm_t", transB=1)
+        graph.node("Gemm", [rows, graph.normal((8192, 16))], "gemm")
+        graph.node("MatMul", [rows, graph.normal((8192, 16))], "matmul")
+        graph.node("MatMul", [x, graph.normal((32, 16, 24))], "batched")
+        graph.node("MatMul", [graph.normal((20, 16)), x], "left")
         outputs = ["conv", "up", "grouped", "gemm_t", "gemm", "matmul", "batched", "left"]
         placement = placed(graph, tmp_path, outputs)
 
@@ -86,22 +87,22 @@ class TestWeightedOperators:
     def test_a_product_of_two_activations_stays_float(self, graph_builder: Any, tmp_path: Path) -> None:
         """Attention's products have no weight; the decision says so."""
         graph = graph_builder()
-        x = graph.input("x", ("N", 6, 6))
-        query = graph.node("MatMul", [x, graph.normal((6, 6))], "query")
+        x = graph.input("x", ("N", 16, 16))
+        query = graph.node("MatMul", [x, graph.normal((16, 16))], "query")
         graph.node("MatMul", [query, x], "scores")
         placement = placed(graph, tmp_path, ["scores"])
 
         assert edges(placement) == {"x": {("n_query", 0)}}
         kept = placement.decisions[1]
-        assert (kept.node, kept.quantized, kept.rule) == ("n_scores", False, "not-quantizable")
+        assert (kept.node, kept.quantized, kept.rule) == ("n_scores", False, "attention")
         assert "both operands are activations" in kept.reason
 
     def test_a_weight_that_is_computed_stays_float(self, graph_builder: Any, tmp_path: Path) -> None:
         """A convolution whose kernel is an input of the model cannot hold an INT8 initializer."""
         graph = graph_builder()
-        x, kernel = graph.input("x", (1, 3, 8, 8)), graph.input("kernel", (4, 3, 3, 3))
+        x, kernel = graph.input("x", (1, 3, 8, 8)), graph.input("kernel", (16, 3, 3, 3))
         graph.node("Conv", [x, kernel], "a")
-        graph.conv("a", (4, 2), "y")
+        graph.conv("a", (16, 8), "y")
         placement = placed(graph, tmp_path, ["y"])
 
         assert [(d.node, d.quantized) for d in placement.decisions] == [("n_a", False), ("n_y", True)]
@@ -112,7 +113,7 @@ class TestWeightedOperators:
         """FP16 weights are not ours to quantize, and the reason names the type."""
         graph = graph_builder()
         x = graph.node("Cast", [graph.input()], "half", to=onnx.TensorProto.FLOAT16)
-        weight = graph.constant(np.ones((4, 3, 3, 3), np.float16))
+        weight = graph.constant(np.ones((16, 3, 3, 3), np.float16))
         graph.node("Cast", [graph.node("Conv", [x, weight], "conv")], "y", to=onnx.TensorProto.FLOAT)
         placement = placed(graph, tmp_path, ["y"])
 
@@ -131,10 +132,10 @@ class TestWeightedOperators:
             }"""
         )
         onnx.save(model, tmp_path / "m.onnx")
-        placement = place_for_tensorrt(prepare(tmp_path / "m.onnx").ir())
+        placement = place_for_tensorrt(prepare(tmp_path / "m.onnx").ir(), PlacementOptions(include=["MatMul:a"]))
 
         assert [(d.node, d.quantized, d.rule) for d in placement.decisions] == [
-            ("MatMul:a", True, "weighted-inputs"), ("inner", False, "subgraph")
+            ("MatMul:a", True, "included"), ("inner", False, "subgraph")
         ]  # fmt: skip
 
     def test_a_graph_without_weighted_operators(self, graph_builder: Any, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ class TestWeightedOperators:
         graph = graph_builder()
         x = graph.input()
         for name in "ab":
-            graph.conv(x, (3, 4), name)
+            graph.conv(x, (3, 16), name)
         graph.node("Sigmoid", [x], "c")
         placement = placed(graph, tmp_path, ["a", "b", "c"])
 
@@ -163,8 +164,8 @@ class TestExclusions:
     def test_matching_nodes_stay_float(self, graph_builder: Any, tmp_path: Path) -> None:
         """An expression has to match the whole name; the decision quotes it."""
         graph = graph_builder()
-        a = graph.conv(graph.input(), (3, 4), "head.0")
-        graph.conv(graph.conv(a, (4, 4), "head.10"), (4, 2), "y")
+        a = graph.conv(graph.input(), (3, 16), "head.0")
+        graph.conv(graph.conv(a, (16, 16), "head.10"), (16, 8), "y")
         placement = placed(graph, tmp_path, ["y"], exclude=[r"n_head\.\d"])
 
         decision = {d.node: d for d in placement.decisions}
@@ -185,7 +186,7 @@ class TestExclusions:
     ) -> None:
         """A misspelt expression must not pass silently; the names that exist are shown."""
         graph = graph_builder()
-        graph.conv(graph.input(), (3, 4), "head")
+        graph.conv(graph.input(), (3, 16), "head")
 
         with pytest.raises(ModelError, match=expected):
             placed(graph, tmp_path, ["head"], exclude=[expression])
@@ -197,9 +198,9 @@ class TestCommutingOperators:
     def test_max_pool_and_flatten_share_the_scale_of_their_source(self, graph_builder: Any, tmp_path: Path) -> None:
         """Conv -> Relu -> MaxPool -> Flatten -> Gemm has one pair between, before the Gemm, with the Relu's scale."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input("x", (1, 3, 8, 8)), (3, 4))], "relu")
+        x = graph.node("Relu", [graph.conv(graph.input("x", (2, 3, 8, 8)), (3, 16))], "relu")
         x = graph.node("MaxPool", [x], "pool", kernel_shape=[2, 2], strides=[2, 2])
-        graph.gemm(graph.node("Flatten", [x], "flat"), (64, 5), "y")
+        graph.gemm(graph.node("Flatten", [x], "flat"), (256, 32), "y")
         placement = placed(graph, tmp_path, ["y"])
 
         assert scales(placement) == {"x": "x", "flat": "relu"}
@@ -220,9 +221,9 @@ class TestCommutingOperators:
     ) -> None:
         """The tensor behind them takes the scale of the tensor before them."""
         graph = graph_builder()
-        graph.node("Sigmoid", [graph.input("x", (1, 4, 8, 8))], "source")
+        graph.node("Sigmoid", [graph.input("x", (1, 16, 8, 8))], "source")
         moved = graph.node(operator, ["source", *map(graph.constant, inputs)], "moved", **attributes)
-        graph.conv(moved, (1 if operator == "DepthToSpace" else 4, 2), "y")
+        graph.conv(moved, (4 if operator == "DepthToSpace" else 16, 16), "y")
 
         assert placed(graph, tmp_path, ["y", "moved"]).tensors == ["source"]
 
@@ -240,9 +241,9 @@ class TestCommutingOperators:
     ) -> None:
         """Interpolation, averages and padding with other than zero have a scale of their own."""
         graph = graph_builder()
-        graph.node("Sigmoid", [graph.input("x", (1, 4, 8, 8))], "source")
+        graph.node("Sigmoid", [graph.input("x", (1, 16, 8, 8))], "source")
         made = graph.node(operator, ["source", *map(graph.constant, inputs)], "made", **attributes)
-        graph.conv(made, (4, 2), "y")
+        graph.conv(made, (16, 8), "y")
 
         assert placed(graph, tmp_path, ["y"]).tensors == ["made"]
 
@@ -252,22 +253,26 @@ class TestPads:
 
     @pytest.mark.parametrize("mode", ["reflect", "constant"])
     def test_the_pair_goes_before_the_pad(self, mode: str, graph_builder: Any, tmp_path: Path) -> None:
-        """A reflecting Pad, and a Pad of zeros that cannot be merged into the (auto-padded) convolution."""
+        """A reflecting Pad, and a Pad of zeros before a transposed convolution, whose pads are something else."""
         graph = graph_builder()
         graph.node("Sigmoid", [graph.input()], "source")
         x = graph.node("Pad", ["source", graph.constant(np.int64([0, 0, 1, 1, 0, 0, 1, 1]))], "padded", mode=mode)
-        graph.node("Conv", [x, graph.normal((4, 3, 3, 3))], "y", auto_pad="SAME_UPPER")
+        if mode == "constant":
+            graph.node("ConvTranspose", [x, graph.normal((3, 16, 3, 3))], "y")
+        else:
+            graph.node("Conv", [x, graph.normal((16, 3, 3, 3))], "y", auto_pad="SAME_UPPER")
         placement = placed(graph, tmp_path, ["y"])
 
         assert edges(placement) == {"source": {("n_padded", 0)}}
         assert placement.activations[0].rule == "before-pad"
+        assert "Pad 'n_padded' of Conv" in placement.activations[0].reason
 
     def test_a_pad_with_other_readers_keeps_float_values_for_them(self, graph_builder: Any, tmp_path: Path) -> None:
         """What is no quantized convolution, here a model output, must not see quantized values."""
         graph = graph_builder()
         graph.node("Sigmoid", [graph.input()], "source")
         graph.node("Pad", ["source", graph.constant(np.int64([0, 0, 1, 1, 0, 0, 1, 1]))], "padded", mode="reflect")
-        graph.conv("padded", (3, 4), "y", pads=[0] * 4)
+        graph.conv("padded", (3, 16), "y", pads=[0] * 4)
         placement = placed(graph, tmp_path, ["y", "padded"])
 
         assert edges(placement) == {"padded": {("n_y", 0)}}
@@ -279,7 +284,7 @@ class TestPads:
         graph.node("Sigmoid", [graph.input()], "source")
         graph.node("Pad", ["source", graph.constant(np.int64([0, 0, 1, 1, 0, 0, 1, 1]))], "padded", mode="reflect")
         for name in "ab":
-            graph.conv("padded", (3, 4), name, pads=[0] * 4)
+            graph.conv("padded", (3, 16), name, pads=[0] * 4)
 
         assert edges(placed(graph, tmp_path, ["a", "b"])) == {"source": {("n_padded", 0)}}
         one_excluded = placed(graph, tmp_path, ["a", "b"], exclude=["n_a"])
@@ -299,8 +304,8 @@ class TestResidualRule:
     def test_identity_skip(self, branch_first: bool, graph_builder: Any, tmp_path: Path) -> None:
         """The skip shares the pair of the block's first convolution, on whichever side of the Add it stands."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input(), (3, 4), "stem")], "trunk")
-        operands = [block(graph, x, (4, 4), "branch"), x]
+        x = graph.node("Relu", [graph.conv(graph.input(), (3, 16), "stem")], "trunk")
+        operands = [block(graph, x, (16, 16), "branch"), x]
         graph.node("Relu", [graph.node("Add", operands if branch_first else operands[::-1], "sum")], "y")
         found = edges(placed(graph, tmp_path, ["y"]))
 
@@ -312,8 +317,8 @@ class TestResidualRule:
     def test_projection_shortcut(self, branch_first: bool, graph_builder: Any, tmp_path: Path) -> None:
         """Of two convolutions the one with the shorter way to the common ancestor is the skip."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input(), (3, 4), "stem")], "trunk")
-        operands = [block(graph, x, (4, 6), "branch"), graph.conv(x, (4, 6), "shortcut", kernel=1)]
+        x = graph.node("Relu", [graph.conv(graph.input(), (3, 16), "stem")], "trunk")
+        operands = [block(graph, x, (16, 32), "branch"), graph.conv(x, (16, 32), "shortcut", kernel=1)]
         graph.node("Add", operands if branch_first else operands[::-1], "y")
         placement = placed(graph, tmp_path, ["y"])
 
@@ -324,11 +329,11 @@ class TestResidualRule:
     def test_padded_shortcut_without_weights(self, graph_builder: Any, tmp_path: Path) -> None:
         """The strided, zero-padded skip of CIFAR ResNets takes the trunk's scale: slicing and padding commute."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input("x", (1, 3, 8, 8)), (3, 4), "stem")], "trunk")
-        branch = graph.conv(x, (4, 8), "branch", strides=[2, 2])
+        x = graph.node("Relu", [graph.conv(graph.input("x", (1, 3, 8, 8)), (3, 16), "stem")], "trunk")
+        branch = graph.conv(x, (16, 32), "branch", strides=[2, 2])
         steps = [graph.constant(np.int64(values)) for values in ([0, 0], [8, 8], [2, 3], [2, 2])]
         skip = graph.node("Slice", [x, *steps], "sliced")
-        skip = graph.node("Pad", [skip, graph.constant(np.int64([0, 2, 0, 0, 0, 2, 0, 0]))], "skip")
+        skip = graph.node("Pad", [skip, graph.constant(np.int64([0, 8, 0, 0, 0, 8, 0, 0]))], "skip")
         graph.node("Add", [branch, skip], "y")
         placement = placed(graph, tmp_path, ["y"])
 
@@ -338,8 +343,8 @@ class TestResidualRule:
     def test_residual_float_leaves_the_skip_alone(self, graph_builder: Any, tmp_path: Path) -> None:
         """`residual="float"` quantizes the inputs of weighted operators only."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input(), (3, 4), "stem")], "trunk")
-        graph.node("Add", [block(graph, x, (4, 4), "branch"), x], "y")
+        x = graph.node("Relu", [graph.conv(graph.input(), (3, 16), "stem")], "trunk")
+        graph.node("Add", [block(graph, x, (16, 16), "branch"), x], "y")
         found = edges(placed(graph, tmp_path, ["y"], residual="float"))
 
         assert found["trunk"] == {("n_branch1", 0)}
@@ -348,10 +353,10 @@ class TestResidualRule:
         """A constant, two operands that are no convolutions, and an operand doubled are no residuals."""
         graph = graph_builder()
         x = graph.input()
-        graph.node("Add", [graph.conv(x, (3, 4), "a"), graph.normal((1, 4, 1, 1))], "constant")
+        graph.node("Add", [graph.conv(x, (3, 16), "a"), graph.normal((1, 16, 1, 1))], "constant")
         b, c = graph.node("Tanh", [x], "b"), graph.node("Sigmoid", [x], "c")
         graph.node("Add", [b, c], "plain")
-        d = graph.conv(x, (3, 4), "d")
+        d = graph.conv(x, (3, 16), "d")
         graph.node("Add", [d, d], "doubled")
 
         assert list(edges(placed(graph, tmp_path, ["constant", "plain", "doubled"]))) == ["x"]
@@ -359,8 +364,8 @@ class TestResidualRule:
     def test_no_rule_where_the_convolution_has_a_second_reader(self, graph_builder: Any, tmp_path: Path) -> None:
         """A convolution whose output is needed elsewhere cannot be fused with the Add."""
         graph = graph_builder()
-        x = graph.input("x", ("N", 4, 8, 8))
-        a = graph.conv(x, (4, 4), "a")
+        x = graph.input("x", ("N", 16, 8, 8))
+        a = graph.conv(x, (16, 16), "a")
         graph.node("Add", [a, x], "sum")
         graph.node("Sigmoid", [a], "gate")
 
@@ -370,16 +375,16 @@ class TestResidualRule:
     def test_no_rule_for_an_addition_that_broadcasts(self, graph_builder: Any, tmp_path: Path) -> None:
         """A per-channel embedding is no skip: Conv + Add fuse only for equal shapes."""
         graph = graph_builder()
-        embedding = graph.input("embedding", ("N", 4, 1, 1))
-        graph.node("Add", [graph.conv(graph.input(), (3, 4), "a"), embedding], "y")
+        embedding = graph.input("embedding", ("N", 16, 1, 1))
+        graph.node("Add", [graph.conv(graph.input(), (3, 16), "a"), embedding], "y")
 
         assert edges(placed(graph, tmp_path, ["y"])) == {"x": {("n_a", 0)}}
 
     def test_an_excluded_convolution_is_no_branch(self, graph_builder: Any, tmp_path: Path) -> None:
         """The Add of a float convolution stays as it is."""
         graph = graph_builder()
-        x = graph.input("x", ("N", 4, 8, 8))
-        graph.node("Add", [graph.conv(x, (4, 4), "a"), x], "y")
-        graph.conv(x, (4, 4), "b")
+        x = graph.input("x", ("N", 16, 8, 8))
+        graph.node("Add", [graph.conv(x, (16, 16), "a"), x], "y")
+        graph.conv(x, (16, 16), "b")
 
         assert edges(placed(graph, tmp_path, ["y", "b"], exclude=["n_a"])) == {"x": {("n_b", 0)}}

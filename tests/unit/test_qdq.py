@@ -17,17 +17,24 @@ from calibrators.errors import CalibrationError
 from engines.graph import PreparedModel, prepare
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
 from engines.placement_cpu import place_for_cpu
+from engines.placement_options import PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import insert_qdq
 
 
 def for_tensorrt(prepared: PreparedModel, scales: Mapping[str, float], **options: Any) -> onnx.ModelProto:
-    return ir.to_proto(insert_qdq(prepared, place_for_tensorrt(prepared.ir(), **options), scales).model)
+    """Quantize every weighted node, however few channels it has."""
+    options = {"include": [".*"]} | options
+    return ir.to_proto(
+        insert_qdq(prepared, place_for_tensorrt(prepared.ir(), PlacementOptions(**options)), scales).model
+    )
 
 
 def every_scale(prepared: PreparedModel, scale: float = 0.1) -> dict[str, float]:
     model = prepared.ir()
-    return dict.fromkeys([*place_for_tensorrt(model).tensors, *place_for_cpu(model).tensors], scale)
+    return dict.fromkeys(
+        [*place_for_tensorrt(model, PlacementOptions(include=[".*"])).tensors, *place_for_cpu(model).tensors], scale
+    )
 
 
 def constants(model: onnx.ModelProto) -> dict[str, Any]:
@@ -262,7 +269,7 @@ class TestNumbers:
         pooled = graph.node("GlobalAveragePool", [total], "pooled")
         graph.gemm(graph.node("Flatten", [pooled], "flat"), (4, 5), "y")
         prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
-        scales = {"x": 2.5 / 127, "trunk": 1.7 / 127, "hidden": 1.1 / 127, "pooled": 0.01}
+        scales = {"x": 2.5 / 127, "trunk": 1.7 / 127, "hidden": 1.1 / 127, "total": 1.9 / 127, "pooled": 0.01}
         model = for_tensorrt(prepared, scales)
         image = graph.rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
         fetch = ["trunk", "hidden", "total", "y"]
@@ -277,7 +284,8 @@ class TestNumbers:
         # Each layer starts from the values of the run before it, so that a tie on the border cannot spread.
         branch = layer("n_b2", found["hidden"], scales["hidden"])
         weight, bias = (values[name] for name in named(prepared.proto, "n_y").input[1:])
-        rows = fake_quantized(found["total"].mean(axis=(2, 3), dtype=np.float32), scales["pooled"])
+        averaged = fake_quantized(found["total"], scales["total"]).mean(axis=(2, 3), dtype=np.float32)
+        rows = fake_quantized(averaged, scales["pooled"])
         expected = {
             "trunk": np.maximum(layer("n_stem", image, scales["x"]), 0),
             "hidden": np.maximum(layer("n_b1", found["trunk"], scales["trunk"]), 0),
@@ -317,7 +325,7 @@ class TestIntegerBiases:
     def test_reduced_range_keeps_weights_within_7_bits(self, every_operator: PreparedModel) -> None:
         """Codes in [-63, 63]: two products with uint8 fit into 16 bits, 2 * 255 * 63 < 2^15."""
         model = self.quantized(every_operator, 0.1, reduce_range=True)
-        weights = [v for v in constants(model).values() if v.dtype == np.int8 and v.size > 9]
+        weights = [v for v in constants(model).values() if v.dtype == np.int8 and v.ndim > 1]
 
         assert len(weights) == 9
         assert {int(np.abs(codes.astype(int)).max()) for codes in weights} == {63}
@@ -334,7 +342,7 @@ class TestIntegerBiases:
         result = insert_qdq(prepared, placement, scales, reduce_range=True, largest=largest)
 
         assert result.weight_ranges == {"conv": 63, "fc": limit}  # codes 255; 127, 159, 255
-        codes = [v for v in constants(ir.to_proto(result.model)).values() if v.dtype == np.int8 and v.size > 9]
+        codes = [v for v in constants(ir.to_proto(result.model)).values() if v.dtype == np.int8 and v.ndim > 1]
         assert [int(np.abs(array.astype(int)).max()) for array in codes] == [63, limit]
 
     def test_the_bias_is_the_float_one_to_half_a_unit(self, tiny_model: Path) -> None:
@@ -380,8 +388,8 @@ class TestIntegerBiases:
             ((3, 4), {}, False),
             ((3, 1), {}, False),
             ((), {}, False),
-            ((4,), {"alpha": 0.5}, False),
-            ((4,), {"beta": 2.0}, False),
+            ((4,), {"alpha": 0.5}, True),  # preparation multiplies it into the weight
+            ((4,), {"beta": 2.0}, True),
         ],
     )
     def test_biases_of_gemm_in_every_form(

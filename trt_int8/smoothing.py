@@ -1,0 +1,139 @@
+"""The smoothing stage: two passes over some data make a model, and its calibration, easier to quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibrators.calibration import Calibration
+from calibrators.collector import collect
+from calibrators.protocols import Array, Track, untracked
+from engines.activations import OnnxRuntimeActivations
+from engines.graph import PreparedModel
+from engines.onnxrt import tensor_specs
+from engines.smoothing import SmoothingSite, smooth, smoothing_sites
+from trt_int8.data import BatchSource, DataSpec, open_data
+from trt_int8.errors import ConfigError, DataError, ModelError, UsageError
+from trt_int8.images import Preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """A smoothed model with the calibration that fits it.
+
+    Attributes:
+        prepared: the model, whose answers are those of the original up to float rounding.
+        calibration: the original's, with the statistics of the smoothed tensors counted anew.
+        factors: what each tensor's channels were divided by, by tensor name.
+        notes: what was smoothed, and which normalized tensors were not, and why.
+    """
+
+    prepared: PreparedModel
+    calibration: Calibration
+    factors: Mapping[str, Array]
+    notes: tuple[str, ...]
+
+
+def smooth_model(
+    prepared: PreparedModel,
+    calibration: Calibration,
+    data: DataSpec | None,
+    alpha: float,
+    *,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    track: Track = untracked,
+) -> Smoothed:
+    """Move the difficulty of normalized activations into the weights that read them; see `engines.smoothing`.
+
+    The first pass finds the largest magnitude of every channel of the tensors to smooth, the second one counts the
+    smoothed tensors; all other tensors keep their statistics, since their values do not change.
+
+    Args:
+        prepared: the model that was calibrated.
+        calibration: its calibration.
+        data: what it was calibrated on, or a part of it; read twice.
+        alpha: in [0, 1]: how much of the difficulty goes into the weights.
+        preprocessing: of `data`, for image folders.
+        batch_size: samples per batch; see `trt_int8.data.open_data`.
+        threads: number of batches that are run at a time; None takes one per core.
+        track: shows the progress.
+
+    Raises:
+        CalibrationError: the calibration holds ranges alone.
+        ConfigError: `alpha` is not in [0, 1].
+        UsageError: there is no data, or the calibration left padding out, which smoothing cannot.
+        ModelError: nothing in the model can be smoothed.
+        DataError: the data hold no sample, or can be read only once.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"smooth is {alpha:g}; expected a number from 0 to 1: 0.5 shares the difficulty evenly.")
+    if data is None:
+        raise UsageError(
+            "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
+            "not hold. Name the calibration data (--data)."
+        )
+    if calibration.settings.get("padding"):
+        raise UsageError(
+            f"Cannot smooth after a calibration that left padding out ({calibration.settings['padding']}): the passes "
+            "of smoothing would count it. Calibrate on sequences that are not padded, a file for each batch."
+        )
+    sites, left = smoothing_sites(prepared.ir())
+    reasons = [f"{skipped.tensor} was not smoothed: {skipped.reason}" for skipped in left]
+    if not sites:
+        raise ModelError(
+            f"Cannot smooth {str(prepared.path)!r}: no normalization (LayerNormalization, RMSNormalization) has an "
+            "output that matrix products with constant weights alone read"
+            + (f"; {reasons[0]}" if reasons else "")
+            + ". Leave smoothing out."
+        )
+    kept = {name: calibration.histogram(name) for name in calibration.tensors}  # refuses ranges before the passes
+    source = open_data(
+        data,
+        tensor_specs(prepared.proto)[0],
+        batch_size=batch_size,
+        max_batches=calibration.fingerprint.batches,
+        preprocessing=preprocessing,
+    )
+    source.require_rewindable("to smooth")
+    tensors = [site.tensor for site in sites]
+    amax = _channel_amax(prepared, sites, source, threads, track)
+    model = prepared.ir()
+    factors = smooth(model, amax, alpha)
+    smoothed = prepared.replaced(model)
+    counted = collect(OnnxRuntimeActivations(smoothed, tensors, source, threads=threads), track, source.batches)
+    renewed = Calibration(
+        kept | dict(counted.histograms),
+        calibration.fingerprint,
+        calibration.input_shapes,
+        input_statistics=calibration.input_statistics,
+        settings={**calibration.settings, "smooth": f"{alpha:g}"},
+    )
+    note = f"smoothed {len(sites)} normalized tensors with alpha {alpha:g}: {', '.join(tensors[:3])}" + (
+        ", ..." if len(tensors) > 3 else ""
+    )
+    return Smoothed(smoothed, renewed, factors, (note, *reasons))
+
+
+def _channel_amax(
+    prepared: PreparedModel,
+    sites: Sequence[SmoothingSite],
+    source: BatchSource,
+    threads: int | None,
+    track: Track,
+) -> dict[str, Array]:
+    """Return the largest magnitude of every channel of the tensors to smooth, over all batches."""
+    largest = {site.tensor: np.zeros(site.channels, np.float32) for site in sites}
+    activations = OnnxRuntimeActivations(prepared, list(largest), source, threads=threads, blocked=False)
+    samples = 0
+    for batch in track(activations.activations(), "smooth: channels", source.batches):
+        samples += batch.samples
+        for name, values in batch.values.items():
+            seen = np.abs(values.reshape(-1, largest[name].size)).max(axis=0, initial=0)
+            np.maximum(largest[name], seen, out=largest[name])
+    if not samples:
+        raise DataError(f"Cannot smooth: {source.description} held no sample.")
+    return largest
