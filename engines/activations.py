@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.blocked import Blocked, open_blocked_session, real_values
 from engines.errors import InferenceError
-from engines.graph import PreparedModel, float_activations, open_session
+from engines.graph import PreparedModel, float_activations, name_of, open_session
+from engines.node_rules import weighted_nodes
 from engines.onnxrt import check_feeds, tensor_specs
+from engines.outside_weights import outside_bytes
+from engines.padding import PaddedTensors
+from engines.pair_rules_residual import residual_skips
+from engines.pieces import Piece, whole
+from engines.placement import root
 from engines.placement_cpu import place_for_cpu
+from engines.placement_options import Attention, PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 
-if TYPE_CHECKING:
-    import onnxruntime
-
 _MOST_WORKERS = 8
+
+_LARGEST_GROUP = 8
+"""Batches that are run together; more gain little."""
+
+_GROUP_BYTES = 32 * 2**20
+"""What the batches of a group may feed and carry between pieces together."""
 
 
 def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
     """Name the tensors whose statistics are collected, in graph order.
 
-    "quantized": those that a placement for either target takes a scale from, and the graph's float inputs and outputs,
-    which cost next to nothing and bound the FP16 range. "all": every float activation, for TensorRT's implicit path,
-    which wants them all.
+    "quantized": those that a placement for either target takes a scale from, whatever options are chosen later, and the
+    graph's float inputs and outputs, which cost next to nothing, bound the FP16 range and tell coordinates from scores.
+    What attention products read is among them except behind a Softmax: its output, which grows with the square of the
+    sequence, is known to lie between 0 and 1. "all": every float activation, for TensorRT's implicit path, which wants
+    them all.
 
     Raises:
         CalibrationError: nothing in the graph can be quantized, or it is quantized already.
@@ -38,7 +51,7 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
     every = float_activations(model)
     if which == "all":
         return every
-    wanted = {*place_for_tensorrt(model).tensors, *place_for_cpu(model).tensors}
+    wanted = _needed(model)
     if not wanted and any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
         raise CalibrationError(
             f"{str(prepared.path)!r} is quantized already: nothing that holds float weights is left in it. "
@@ -51,6 +64,23 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
         )
     wanted |= {value.name for value in [*model.graph.inputs, *model.graph.outputs] if value.name is not None}
     return [name for name in every if name in wanted]
+
+
+def _needed(model: ir.Model) -> set[str]:
+    """Name the tensors that some choice of options takes a scale from."""
+    rules = {decision.rule for decision in weighted_nodes(model)[1]}
+    everything = PlacementOptions(include=[".*"] if rules - {"subgraph"} else [])
+    attentions: list[Attention] = ["float", "int8"] if "attention" in rules else ["float"]
+    found: set[str] = set()
+    for options in (PlacementOptions(), everything):
+        found.update(place_for_cpu(model, options).tensors)
+        for attention in attentions:
+            found.update(place_for_tensorrt(model, replace(options, attention=attention)).tensors)
+    # Where one of two convolutions that meet in an Add is left float, the skip is on the other side.
+    nodes = list(model.graph)
+    names = {node.name for node in weighted_nodes(model, everything)[0]}
+    sums = [value for node in residual_skips(nodes, names) for value in node.inputs if value is not None]
+    return found | {name_of(root(value)) for value in sums}
 
 
 def worker_count(threads: int | None) -> int:
@@ -66,7 +96,7 @@ class OnnxRuntimeActivations:
     Runtime's own layout, see `engines.blocked`.
 
     A run takes one thread, and several runs may go on at a time: two of them use two cores better than one run of two
-    threads, and what is computed does not depend on their number. Implements `calibrators.protocols.ConcurrentSource`.
+    threads, and what is computed does not depend on their number. Implements `calibrators.protocols.GroupedSource`.
 
     Args:
         prepared: the model.
@@ -77,6 +107,7 @@ class OnnxRuntimeActivations:
         exposed: tensors that are made outputs, `tensors` among them; None for those alone. Nodes are not fused across
             an output, so that for the same values to the bit the same tensors must be exposed.
         blocked: whether tensors may come in ONNX Runtime's layout, their values in another order and without a shape.
+        padded: where padding lies in the tensors, which is left out of them: it takes ONNX's layout; None for nowhere.
         first: index of the first batch of the stream, where others were run before it; for messages.
     """
 
@@ -89,11 +120,13 @@ class OnnxRuntimeActivations:
         threads: int | None = None,
         exposed: Sequence[str] | None = None,
         blocked: bool = True,
+        padded: PaddedTensors | None = None,
         first: int = 0,
     ) -> None:
         self.tensors = list(tensors)
         self.workers = worker_count(threads)
         self._first = first
+        self._padded = padded
         self._path = prepared.path
         self._batches = batches
         self._inputs, _ = tensor_specs(prepared.proto)
@@ -101,9 +134,11 @@ class OnnxRuntimeActivations:
         self._producers = {output: node.name for node in prepared.proto.graph.node for output in node.output}
         self._fetched = [name for name in self.tensors if name not in self._input_names]
         self._blocked: Mapping[str, Blocked] = {}
-        self._session = self._open(prepared, self.tensors if exposed is None else exposed, blocked=blocked)
+        self._pieces = self._open(
+            prepared, self.tensors if exposed is None else exposed, blocked=blocked and padded is None
+        )
         self._outputs = {name: self._blocked[name].output if name in self._blocked else name for name in self._fetched}
-        self._run_outputs = list(dict.fromkeys(self._outputs.values()))
+        self._carried = 0
 
     def batches(self) -> Iterator[CalibrationBatch]:
         """Start reading the stream."""
@@ -130,49 +165,148 @@ class OnnxRuntimeActivations:
         Raises:
             InferenceError: the batch does not fit the model, or ONNX Runtime failed on it; the batch is named.
         """
-        index += self._first
-        check_feeds(f"batch {index}", self._inputs, batch.feeds)
+        parts: list[Activations] = []
+        self.run_group(index, [batch], parts.append)
+        found = {name: value for part in parts for name, value in part.values.items()}
+        last = parts[-1]
+        return Activations(
+            last.batch, last.samples, {name: found[name] for name in self.tensors}, input_shapes=last.input_shapes
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Number of batches that are best run together: as many as there is room for what they carry between pieces."""
+        return max(1, min(_LARGEST_GROUP, _GROUP_BYTES // max(1, self._carried)))
+
+    def run_group(self, first: int, batches: Sequence[CalibrationBatch], take: Callable[[Activations], None]) -> None:
+        """Run the model on consecutive batches, piece by piece. May be called from several threads at once.
+
+        Args:
+            first: index of the first batch, counted from 0 in this stream.
+            batches: what is fed.
+            take: is handed the activations; see `calibrators.protocols.GroupedSource`.
+
+        Raises:
+            InferenceError: a batch does not fit the model, or ONNX Runtime failed on it; the batch is named.
+        """
+        runs = [_Run(self._first + first + k, batch, dict(batch.feeds)) for k, batch in enumerate(batches)]
+        wrong: Exception | None = None
+        for number, piece in enumerate(self._pieces):
+            for k, run in enumerate(runs):
+                try:
+                    if number == 0:
+                        check_feeds(f"batch {run.index}", self._inputs, run.batch.feeds)
+                    take(self._run_piece(piece, run, fed=number == 0))
+                except Exception as error:
+                    # The batches before go on: if one of them is wrong, too, it is the one to report.
+                    wrong = error
+                    del runs[k:]
+                    break
+        if wrong is not None:
+            raise wrong
+
+    def _run_piece(self, piece: Piece, run: _Run, *, fed: bool) -> Activations:
+        batch = run.batch
         try:
-            values = self._session.run(self._run_outputs, dict(batch.feeds)) if self._fetched else []
+            feeds = {name: run.values[name] for name in piece.inputs}
+            values = piece.session.run(piece.outputs, feeds) if piece.outputs else []
         except Exception as error:  # ONNX Runtime raises its own classes, which share no base
             line = " ".join(str(error).split())[:300]
-            raise InferenceError(f"Calibration of {self._path.name} failed in batch {index}: {line}") from error
-        computed = dict(zip(self._run_outputs, values, strict=True))
-        found = {name: computed[output] for name, output in self._outputs.items()}
-        found |= {name: np.asarray(batch.feeds[name]) for name in self.tensors if name in self._input_names}
+            raise InferenceError(f"Calibration of {self._path.name} failed in batch {run.index}: {line}") from error
+        computed = dict(zip(piece.outputs, values, strict=True))
+        run.values |= computed
+        run.values = {name: value for name, value in run.values.items() if name in piece.later or name in batch.feeds}
+        self._carried = max(self._carried, sum(value.nbytes for value in run.values.values()))
+        found = {name: computed[output] for name, output in self._outputs.items() if output in computed}
+        if fed:
+            found |= {name: np.asarray(batch.feeds[name]) for name in self.tensors if name in self._input_names}
+        found = self._real(found, batch)
+        found |= {
+            name: real_values(found[name], blocked.channels) for name, blocked in self._blocked.items() if name in found
+        }
+        shapes = {name: value.shape for name, value in batch.feeds.items()}
+        return Activations(run.index, batch.samples, found, shapes)
+
+    def _real(self, found: dict[str, Array], batch: CalibrationBatch) -> dict[str, Array]:
+        """Leave out what fills up sequences, and the batch."""
+        padded: dict[str, Array] = {}
+        if self._padded is not None:
+            real = self._padded.real(batch.feeds, batch.extras, batch.samples)
+            padded = {
+                name: self._padded.without(name, value, real)
+                for name, value in found.items()
+                if name in self._padded.roles
+            }
         rows = _rows(batch.feeds)
         if rows is not None and batch.samples < rows:
-            found = {name: self._real_rows(name, value, batch.samples, rows) for name, value in found.items()}
-        found |= {name: real_values(found[name], blocked.channels) for name, blocked in self._blocked.items()}
-        shapes = {name: value.shape for name, value in batch.feeds.items()}
-        return Activations(index, batch.samples, {name: found[name] for name in self.tensors}, shapes)
+            found = {
+                name: self._real_rows(name, value, batch.samples, rows)
+                for name, value in found.items()
+                if name not in padded
+            }
+        return found | padded
 
     def producer(self, tensor: str) -> str:
         """Name the node that produces `tensor`."""
         return "model input" if tensor in self._input_names else f"node {self._producers.get(tensor, '?')!r}"
 
-    def _open(self, prepared: PreparedModel, exposed: Sequence[str], *, blocked: bool) -> onnxruntime.InferenceSession:
+    def _open(self, prepared: PreparedModel, exposed: Sequence[str], *, blocked: bool) -> Sequence[Piece]:
         model = onnx.ModelProto()
         model.CopyFrom(prepared.proto)
         present = {value.name for value in model.graph.output}
         added = [name for name in exposed if name not in self._input_names and name not in present]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
-        found = open_blocked_session(model, self._fetched, threads=1) if blocked and self._fetched else None
+        # The optimised graph of a model whose weights are outside would be a copy of all of them on the disk.
+        sensible = blocked and bool(self._fetched) and not outside_bytes(model)
+        found = open_blocked_session(model, self._fetched, threads=1) if sensible else None
         if found is None:
-            return open_session(model, execution="native", threads=1)
+            return [whole(open_session(model, execution="native", threads=1), self._fetched)]
         self._blocked = found.blocked
-        return found.session
+        return found.pieces
 
     def _real_rows(self, name: str, value: Array, samples: int, rows: int) -> Array:
-        """Cut the padding of a fixed-size batch away; an axis of batch * n (merged by a reshape) keeps its order."""
-        if value.ndim == 0 or (name in self._input_names and value.shape[0] != rows):
-            return value  # it has no rows, so no padding either
-        if value.shape[0] % rows:
-            raise CalibrationError(
-                f"Cannot keep the padding of the last batch out of {name!r}: its shape {value.shape} does not start "
-                f"with the batch of {rows}. Give a number of samples that is a multiple of {rows}."
-            )
-        return value[: value.shape[0] // rows * samples]
+        real = real_shape(name, value.shape, samples, rows, fed=name in self._input_names)
+        return value[: real[0]] if real else value
+
+
+@dataclass(slots=True)
+class _Run:
+    """A batch on its way through the pieces.
+
+    Attributes:
+        index: of the batch, counted from 0 in the whole stream.
+        batch: what is fed.
+        values: what the pieces to come may read.
+    """
+
+    index: int
+    batch: CalibrationBatch
+    values: dict[str, Array]
+
+
+def real_shape(name: str, shape: tuple[int, ...], samples: int, rows: int, *, fed: bool) -> tuple[int, ...]:
+    """Return the shape of a tensor without the padding of a fixed-size batch, which is at the end of its first axis.
+
+    An axis of batch * n (merged by a reshape) keeps its order.
+
+    Args:
+        name: of the tensor.
+        shape: with the padding.
+        samples: number of real samples in the batch.
+        rows: length of the batch.
+        fed: whether the tensor is a model input.
+
+    Raises:
+        CalibrationError: its first axis is not the batch.
+    """
+    if not shape or (fed and shape[0] != rows):
+        return shape  # it has no rows, so no padding either
+    if shape[0] % rows:
+        raise CalibrationError(
+            f"Cannot keep the padding of the last batch out of {name!r}: its shape {shape} does not start "
+            f"with the batch of {rows}. Give a number of samples that is a multiple of {rows}."
+        )
+    return (shape[0] // rows * samples, *shape[1:])
 
 
 def _rows(feeds: Mapping[str, Array]) -> int | None:

@@ -103,13 +103,13 @@ def seen_profile(inputs: Sequence[TensorSpec], seen: Mapping[str, Mapping[Shape,
                 "Give its smallest, optimal and largest shape."
             )
         bounds = seen_range(shapes)
-        batch = _batch_axes(spec, inputs)
+        batch = batch_axes(spec, inputs)
         smallest = tuple(1 if axis in batch else length for axis, length in enumerate(bounds.minimum))
         profile[spec.name] = replace(bounds, minimum=smallest)
     return profile
 
 
-def _batch_axes(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> set[int]:
+def batch_axes(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> set[int]:
     """Return which axes of an input are the batch.
 
     The batch is the first axis of the first input that has axes. Of every input the axes that share its symbol are the
@@ -122,9 +122,14 @@ def _batch_axes(spec: TensorSpec, inputs: Sequence[TensorSpec]) -> set[int]:
     return named | ({0} if spec.shape[:1] == (None,) else set())
 
 
+def free_axes(spec: TensorSpec) -> list[int]:
+    """Return which axes of an input have a length that is known only at run time; none where it states no rank."""
+    return [axis for axis, length in enumerate(spec.shape or ()) if not isinstance(length, int)]
+
+
 def dynamic_inputs(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
     """Return the inputs with an axis whose length is known only at run time."""
-    return [spec for spec in inputs if spec.shape is None or any(not isinstance(axis, int) for axis in spec.shape)]
+    return [spec for spec in inputs if spec.shape is None or free_axes(spec)]
 
 
 def check_profiles(model: str, inputs: Sequence[TensorSpec], profiles: Sequence[Profile]) -> None:

@@ -19,14 +19,19 @@ from typing import Any, Self
 
 import numpy as np
 
+from calibrators.calibration import METHODS
 from calibrators.errors import FileAccessError
 from calibrators.files import read_bytes, sha256_of_file, write_text
 from engines.device import Device, driver_release
 from engines.errors import EngineLoadError
+from engines.placement_options import PlacementOptions
 from engines.runner import TensorSpec
 
 FORMAT = 1
 """Version of the sidecar's own format."""
+
+OWN_KEYS = "trt_int8."
+"""What the keys of a model's metadata begin with that this program writes."""
 
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -77,10 +82,12 @@ class Provenance:
     Attributes:
         method: "entropy", "percentile 99.99", "entropy2 (TensorRT)", ...
         sha256: of the calibration, or of the calibration cache; None where its origin is not known.
+        placement: with which options Q/DQ was placed; None where TensorRT chose the layers, or nothing tells.
     """
 
     method: str
     sha256: str | None
+    placement: PlacementOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class Sidecar:
         options: the builder's options, by name.
         build_seconds: how long TensorRT built.
         warnings: what it warned of.
+        metadata: what the model says of itself: the entries of its metadata that this program wrote.
     """
 
     plan_bytes: int
@@ -116,6 +124,7 @@ class Sidecar:
     options: Mapping[str, Any]
     build_seconds: float
     warnings: tuple[str, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version_compatible(self) -> bool:
@@ -143,7 +152,9 @@ class Sidecar:
             raise ValueError(f"format {data['format']!r} is not {FORMAT}")
         fields["environment"] = Environment(**fields["environment"])
         if fields["calibration"] is not None:
-            fields["calibration"] = Provenance(**fields["calibration"])
+            origin = dict(fields["calibration"])
+            placement = origin.pop("placement", None)
+            fields["calibration"] = Provenance(**origin, placement=placement and PlacementOptions(**placement))
         for side in ("inputs", "outputs"):
             fields[side] = tuple(_spec(spec) for spec in fields[side])
         fields["profiles"] = tuple(
@@ -151,6 +162,7 @@ class Sidecar:
             for profile in fields["profiles"]
         )
         fields["warnings"] = tuple(fields["warnings"])
+        fields["metadata"] = {str(key): str(value) for key, value in fields.get("metadata", {}).items()}
         return cls(**fields)
 
 
@@ -267,12 +279,18 @@ def check_environment(plan: str | os.PathLike[str], sidecar: Sidecar, here: Envi
 def build_command(plan: str | os.PathLike[str], sidecar: Sidecar, here: Environment) -> str:
     """Return the command that builds an engine again, for what is here, into a folder of its own.
 
-    It names the model that lies beside the plan; where none does, the model's name alone. What a calibrator took its
-    scales from is for the user to fill in.
+    It names the model that lies beside the plan, which holds its types, scales and Q/DQ; where none does, the model's
+    name alone. Where that was written for this plan and is gone, it names the FP32 model, and with which options that
+    was given its Q/DQ. The calibration, or what a calibrator took its scales from, is for the user to fill in.
     """
     folder = Path(plan).parent
     beside = folder / sidecar.model
-    words = ["trt-int8", "build", str(beside) if beside.is_file() else sidecar.model, "--precision", sidecar.precision]
+    written = f".{sidecar.precision}.engine.onnx"
+    lost = not beside.is_file() and sidecar.model.endswith(written) and not sidecar.options.get("implicit")
+    model = f"{sidecar.model.removesuffix(written)}.onnx" if lost else sidecar.model
+    words = ["trt-int8", "build", str(beside) if beside.is_file() else model, "--precision", sidecar.precision]
+    if lost and sidecar.precision not in ("fp32", "tf32"):
+        words += ["--calibration", "FILE", *_scale_words(sidecar.calibration)]
     if sidecar.options.get("implicit"):
         # From TensorRT 11 on there are no calibrators, and scales have to come from a calibration.
         words += ["--implicit", "--data", "DATA"] if _numbers(here.tensorrt) < (11,) else ["--calibration", "FILE"]
@@ -297,6 +315,15 @@ def sha256_of_model(files: Sequence[Path]) -> str:
     except OSError as error:
         raise FileAccessError(f"Cannot read the model's file {error.filename!r}: {error.strerror}.") from error
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _scale_words(origin: Provenance | None) -> list[str]:
+    """Return the options of `trt-int8 build` that say what became of a calibration, as far as they are known."""
+    if origin is None:
+        return []
+    method, _, percentile = origin.method.partition(" ")
+    told = ["--method", method, *(["--percentile", percentile] if percentile else [])] if method in METHODS else []
+    return told + ([] if origin.placement is None else origin.placement.words())
 
 
 def _release_fits(sidecar: Sidecar, here: Environment) -> bool:

@@ -31,7 +31,7 @@ from engines.opset import opset_of
 from engines.optional import require
 from engines.profiles import Profile, ShapeRange, check_profiles
 from engines.runner import TensorSpec
-from engines.sidecar import Environment, Provenance, Sidecar, sha256_of_model, write_sidecar
+from engines.sidecar import OWN_KEYS, Environment, Provenance, Sidecar, sha256_of_model, write_sidecar
 from engines.size import external_files
 from engines.trt_checks import check_driver, open_builder, require_calibrators
 from engines.trt_log import LogLines, tensorrt_log
@@ -131,6 +131,7 @@ def build_engine(
             options=options.to_json() | {"implicit": calibrator is not None, **served},
             build_seconds=seconds,
             warnings=notes,
+            metadata={entry.key: entry.value for entry in header.metadata_props if entry.key.startswith(OWN_KEYS)},
         )
         with atomic_path(target) as temporary:
             temporary.write_bytes(memoryview(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,28 @@ WHEELS = {
 """TensorRT's packages: the CUDA release that they are built for, and the first driver that NVIDIA asks for there."""
 
 
+def outdated_driver(
+    cuda_version: str, installed: Callable[[str], str | None]
+) -> tuple[str, tuple[int, int], str] | None:
+    """Tell what TensorRT's installed wheel needs that a driver does not serve.
+
+    Args:
+        cuda_version: newest CUDA that the driver serves: "13.0".
+        installed: gives the version of a distribution, None where it is not there.
+
+    Returns:
+        The wheel that needs least, the CUDA release that it needs, and the first driver that serves it; None where that
+        is served, or where TensorRT did not come from a Python package index and tells nothing of it.
+    """
+    needs = [(cuda, driver, wheel) for wheel, (cuda, driver) in WHEELS.items() if installed(wheel) is not None]
+    if not needs:
+        return None
+    cuda, driver, wheel = min(needs)
+    if tuple(int(part) for part in cuda_version.split(".")) >= cuda:
+        return None
+    return wheel, cuda, driver
+
+
 def check_driver(device: Device) -> None:
     """Check that the driver serves the CUDA release that the installed TensorRT is built for.
 
@@ -26,12 +49,10 @@ def check_driver(device: Device) -> None:
     Raises:
         DeviceError: the driver is too old; names both, and the driver that is needed.
     """
-    installed = {name: needed for name, needed in WHEELS.items() if _version(name) is not None}
-    if not installed:
+    missing = outdated_driver(device.cuda_version, _version)
+    if missing is None:
         return
-    package, (cuda, driver) = min(installed.items(), key=lambda item: item[1][0])
-    if tuple(int(part) for part in device.cuda_version.split(".")) >= cuda:
-        return
+    package, cuda, driver = missing
     release = driver_release()
     here = f"the NVIDIA driver{f' {release}' if release else ''} serves CUDA {device.cuda_version} at most"
     wheel = package.removesuffix("-bindings")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,9 +35,12 @@ class TensorRTRunner:
         trust: load it though no sidecar covers its bytes.
         cuda_graph: launch each run as a CUDA graph, where it can be captured; see `graph_fallback`.
         library: the package for device memory; see `engines.device.open_device`.
+        device: the GPU, which stays open afterwards; one is opened where None.
+        fetched: outputs that are copied to the host; None for all.
 
     Attributes:
         sidecar: what is known about the plan; None where only the user vouches for it.
+        metadata: what the model that it was built from says of itself, as far as the sidecar tells.
         profiles: its optimization profiles: name of a dynamic input to its smallest, optimal and largest shape.
         graph_fallback: why runs are not launched as a CUDA graph though that was asked for; None where they are, or
             before the first run.
@@ -57,6 +60,8 @@ class TensorRTRunner:
         trust: bool = False,
         cuda_graph: bool = False,
         library: DeviceLibrary | None = None,
+        device: Device | None = None,
+        fetched: Collection[str] | None = None,
     ) -> None:
         self.path = Path(plan)
         self.name = name or self.path.name
@@ -64,9 +69,12 @@ class TensorRTRunner:
         self._trust = trust
         self._cuda_graph = cuda_graph
         self._library = library
+        self._device = device
+        self._fetched = fetched
         self._stack: ExitStack | None = None
         self._session: EngineSession | None = None
         _, self.sidecar = read_plan(self.path, trust=trust)
+        self.metadata: Mapping[str, str] = {} if self.sidecar is None else self.sidecar.metadata
         if self.sidecar is not None:
             self.inputs, self.outputs = self.sidecar.inputs, self.sidecar.outputs
             self.profiles: Sequence[Mapping[str, Sequence[Shape]]] = self.sidecar.profiles
@@ -95,7 +103,7 @@ class TensorRTRunner:
         with ExitStack() as stack:
             trt, engine, device = stack.enter_context(self._engine())
             log = stack.enter_context(tensorrt_log(trt).listen())
-            self._session = EngineSession(trt, engine, device, self.name, log)
+            self._session = EngineSession(trt, engine, device, self.name, log, fetched=self._fetched)
             stack.callback(self._close_session)
             self._stack = stack.pop_all()
         return self
@@ -134,13 +142,16 @@ class TensorRTRunner:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+            if self._device is not None:
+                session.free_buffers()
 
     @contextmanager
     def _engine(self) -> Iterator[tuple[Any, Any, Device]]:
         """Load the plan; the device is closed after the engine is gone."""
         trt = require("tensorrt", f"run the engine {self.name}")
         content, sidecar = read_plan(self.path, trust=self._trust)
-        with open_device(self._library) as device, tensorrt_log(trt).listen() as log:
+        own = open_device(self._library) if self._device is None else nullcontext(self._device)
+        with own as device, tensorrt_log(trt).listen() as log:
             check_driver(device)
             if sidecar is not None:
                 check_environment(self.path, sidecar, Environment.of(trt, device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calibrators.protocols import Array
 from engines.cuda_graph import GraphLaunch
-from engines.device import Device
+from engines.device import Device, DeviceArray
 from engines.errors import DeviceError, EngineLoadError, InferenceError
 from engines.profiles import ShapeRange, choose_profile
 from engines.trt_log import LogLines
@@ -51,6 +51,13 @@ class _Buffer:
         view: Array = self._host[:nbytes].view(dtype).reshape(shape)
         return view
 
+    def free(self) -> None:
+        if self.address:
+            self._device.free(self.address)
+        if self._host is not None:
+            self._device.free_host(self._host)
+        self.address, self._size, self._host = 0, -1, None
+
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
@@ -71,6 +78,7 @@ class EngineSession:
         device: where it runs; it and the engine must live longer than the session.
         name: of the engine, for messages.
         log: collects TensorRT's log as long as the session lives.
+        fetched: outputs that `copy_out` copies to the host and `results` returns; None for all.
 
     Attributes:
         name: of the engine.
@@ -82,7 +90,16 @@ class EngineSession:
             supported here.
     """
 
-    def __init__(self, trt: Any, engine: Any, device: Device, name: str, log: LogLines) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        device: Device,
+        name: str,
+        log: LogLines,
+        *,
+        fetched: Collection[str] | None = None,
+    ) -> None:
         self.device = device
         self.name = name
         self.device_memory_bytes = int(engine.device_memory_size_v2)
@@ -111,6 +128,7 @@ class EngineSession:
             }
 
         self._inputs, self._outputs = tensors(inputs), tensors(outputs)
+        self._fetched = {name: tensor for name, tensor in self._outputs.items() if fetched is None or name in fetched}
         self._dynamic = [tensor for tensor in inputs if -1 in tuple(engine.get_tensor_shape(tensor))]
         self._profiles = [
             {tensor: _shape_range(engine.get_tensor_profile_shape(tensor, index)) for tensor in self._dynamic}
@@ -162,7 +180,8 @@ class EngineSession:
             else:
                 self._output_shapes[name] = known
                 tensor.buffer.reserve_device(int(np.prod(known, dtype=np.int64)) * tensor.dtype.itemsize)
-                tensor.buffer.host(known, tensor.dtype)  # here and not between the run and its copies
+                if name in self._fetched:
+                    tensor.buffer.host(known, tensor.dtype)  # here and not between the run and its copies
                 self._context.set_tensor_address(name, tensor.buffer.address)
         self._shapes = wanted
 
@@ -204,21 +223,25 @@ class EngineSession:
 
     def copy_out(self) -> None:
         """Queue the copies of all outputs into pinned memory; shapes known only now are read first."""
-        for name, tensor in self._outputs.items():
-            if name in self._allocators and self._output_shapes[name] is None:
-                shape = self._allocators[name].shape
-            else:
-                shape = self._output_shapes[name]
-            self.device.to_host(tensor.buffer.host(shape, tensor.dtype), tensor.buffer.address)
+        for name, tensor in self._fetched.items():
+            self.device.to_host(tensor.buffer.host(self._shape_of(name), tensor.dtype), tensor.buffer.address)
 
     def results(self) -> dict[str, Array]:
         """Return copies of the outputs, after `synchronize`."""
-        found: dict[str, Array] = {}
-        for name, tensor in self._outputs.items():
-            known = self._output_shapes[name]
-            shape = self._allocators[name].shape if known is None else known
-            found[name] = tensor.buffer.host(shape, tensor.dtype).copy()
-        return found
+        return {
+            name: tensor.buffer.host(self._shape_of(name), tensor.dtype).copy()
+            for name, tensor in self._fetched.items()
+        }
+
+    def on_device(self) -> dict[str, DeviceArray]:
+        """Return where the inputs and outputs lie, after `execute`; the next run overwrites them."""
+        shapes = self._shapes or {}
+        return {
+            name: DeviceArray(
+                tensor.buffer.address, shapes[name] if name in shapes else self._shape_of(name), tensor.dtype
+            )
+            for name, tensor in (self._inputs | self._outputs).items()
+        }
 
     def synchronize(self) -> None:
         """Wait for everything that was queued.
@@ -256,6 +279,16 @@ class EngineSession:
         """Give the context back, and the graph; buffers are the device's. A second call does nothing."""
         self._drop_graph()
         self._context = None
+
+    def free_buffers(self) -> None:
+        """Give the memory of inputs and outputs back, after `close`, where the device stays open."""
+        for tensor in (self._inputs | self._outputs).values():
+            tensor.buffer.free()
+
+    def _shape_of(self, output: str) -> tuple[int, ...]:
+        known = self._output_shapes[output]
+        found: tuple[int, ...] = self._allocators[output].shape if known is None else known
+        return found
 
     def _raise_interrupt(self) -> None:
         allocators = self._allocators.values()

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from engines.errors import EngineBuildError
-from engines.onnxrt import TARGET_KEY
+from engines.onnxrt import PRECISION_KEY, TARGET_KEY
 from engines.opset import nested_graphs
 from engines.runner import TensorSpec
 
@@ -47,6 +47,12 @@ def check_types(file: Path, header: onnx.ModelProto, precision: Precision, *, im
             )
         return
     expected = (precision in ("int8", "int8+fp16"), precision in ("fp16", "int8+fp16"))
+    if expected[0] and not quantized and metadata.get(PRECISION_KEY) in ("int8", "int8+fp16"):
+        raise EngineBuildError(
+            f"Cannot build {str(file)!r} as {precision}: it was quantized, and none of its nodes gains from INT8 on "
+            "TensorRT, so it holds no Q/DQ nodes. `trt-int8 quantize --explain` gives the reason for each, --include "
+            "overrules it; or build fp16."
+        )
     if (quantized, half) != expected:
         raise EngineBuildError(
             f"Cannot build {str(file)!r} as {precision}: it holds {_named(quantized, half)}; expected "

@@ -59,7 +59,10 @@ def no_gpu() -> str | None:
 
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Path:
-    """A seeded classifier of 7 classes on (batch, 3, 8, 8) images: Conv, Relu, Flatten, Gemm; dynamic batch."""
+    """A seeded classifier of 16 classes on (batch, 3, 8, 8) images: Conv, Relu, Flatten, Gemm; dynamic batch.
+
+    Its 8 channels and 16 classes are the fewest that TensorRT's INT8 kernels take.
+    """
     return save_tiny_model(tmp_path / "tiny.onnx")
 
 
@@ -72,10 +75,10 @@ def module_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_tiny_model(path: Path) -> Path:
     rng = np.random.default_rng(7)
     weights = {
-        "conv.weight": rng.normal(0, 0.3, (4, 3, 3, 3)),
-        "conv.bias": rng.normal(0, 0.1, 4),
-        "fc.weight": rng.normal(0, 0.1, (7, 256)),
-        "fc.bias": rng.normal(0, 0.1, 7),
+        "conv.weight": rng.normal(0, 0.3, (8, 3, 3, 3)),
+        "conv.bias": rng.normal(0, 0.1, 8),
+        "fc.weight": rng.normal(0, 0.1, (16, 512)),
+        "fc.bias": rng.normal(0, 0.1, 16),
     }
     nodes = [
         helper.make_node("Conv", ["input", "conv.weight", "conv.bias"], ["conv"], "conv", pads=[1, 1, 1, 1]),
@@ -87,7 +90,7 @@ def save_tiny_model(path: Path) -> Path:
         nodes,
         "tiny",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 7])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 16])],
         [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

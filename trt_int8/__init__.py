@@ -20,6 +20,7 @@ __all__ = [
     "compare",
     "convert_fp16",
     "export_onnx",
+    "lint",
     "quantize",
 ]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         compare,
         convert_fp16,
         export_onnx,
+        lint,
         quantize,
     )
 

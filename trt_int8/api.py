@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
-from calibrators.protocols import Array, Track, untracked
+from calibrators.protocols import Batch, Track, untracked
+from engines.lint import lint
 from engines.onnxrt import Execution
+from engines.profiles import ShapeRange
+from engines.runner import TensorSpec
 from engines.sidecar import is_engine
 from trt_int8.accuracy import AccuracyResult
 from trt_int8.accuracy import compare as compare_runners
@@ -32,8 +36,10 @@ from trt_int8.outputs import check_output
 from trt_int8.pipeline import Pipeline
 from trt_int8.polygraphy_files import FOLDER as POLYGRAPHY_FOLDER
 from trt_int8.quantization import convert_fp16, quantize
-from trt_int8.random_data import random_feeds
+from trt_int8.random_data import id_tables, random_feeds
 from trt_int8.runners import AnyRunner, open_runner, titles
+from trt_int8.shaped_benchmark import ShapesChoice, points_of, time_at_shapes, with_shapes
+from trt_int8.shaped_benchmark import shape_ranges as ranges_of
 from trt_int8.shared_inputs import shared_inputs
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ __all__ = [
     "compare",
     "convert_fp16",
     "export_onnx",
+    "lint",
     "quantize",
 ]
 
@@ -59,6 +66,9 @@ def benchmark(
     data: DataSpec | None = None,
     *,
     batch_size: int | None = None,
+    shapes: ShapesChoice | None = None,
+    shape_ranges: Mapping[str, ShapeRange] | None = None,
+    calibration: Calibration | Model | None = None,
     preprocessing: Preprocessing | None = None,
     execution: Execution | None = None,
     threads: int | None = None,
@@ -77,6 +87,13 @@ def benchmark(
         data: what to feed; random numbers of the model's shapes where None (an INT8 kernel takes the same time whatever
             the values are).
         batch_size: samples per inference; None takes 1, and with random numbers what an engine was built for.
+        shapes: "min", "opt" or "max" times models with dynamic axes at the smallest, the usual or the largest shapes
+            that they are meant for, "all" at each of them: `BenchmarkResult.shapes` holds a result for each, and the
+            result itself is the one of "opt". The shapes are what engines were built for, else what `calibration` has
+            seen. The values are repeated from the data's first batch, or random. None takes the shapes of the data; or
+            "opt" where one of the next two is given.
+        shape_ranges: name of an input to its smallest, usual and largest shape, in place of theirs.
+        calibration: a calibration of the models, or its file.
         preprocessing: how images become arrays, for image folders.
         execution: "exact" or "native" for all ONNX files; None lets each model's own rule decide, see
             `engines.onnxrt.execution_of`.
@@ -86,13 +103,14 @@ def benchmark(
         cuda_graph: launch the runs of engines as CUDA graphs, where they can be captured.
         trust: load engines that no sidecar covers.
         rounds: number of interleaved rounds.
-        budget_s: seconds for all rounds together.
+        budget_s: seconds for all rounds together, at each shape.
         names: names in the table; the file names where None.
         track: shows progress.
 
     Raises:
         ConfigError: a dynamic axis other than the batch needs data to give it a length, or the models' inputs differ.
-        UsageError: an option is for engines, or for ONNX files, and there are none.
+        UsageError: an option is for engines, or for ONNX files, and there are none; or several shapes are to be timed
+            and nothing tells them.
         DataError: the data do not fit.
     """
     models = _listed(models)
@@ -111,18 +129,36 @@ def benchmark(
     runners = _runners(models, names, execution, threads, trust, cuda_graph=cuda_graph)
     inputs = shared_inputs(runners)
     notes: tuple[str, ...] = ()
-    if data is None:
+    ranges: dict[str, ShapeRange] | None = None
+    if shapes is not None:
+        check_choice("shapes", shapes, ShapesChoice)
+    if shapes is not None or shape_ranges is not None or calibration is not None:
+        if batch_size is not None:
+            raise UsageError("--batch-size contradicts --shapes, --shape and --calibration, which tell the batch.")
+        seen = None if calibration is None else _loaded(calibration).input_shapes
+        ranges = ranges_of(inputs, runners, given=shape_ranges, seen=seen)
+    tables = _tables(models, inputs) if data is None else {}
+    feeds: list[Batch] = []
+    unlike: tuple[str, ...] = ()
+    if data is None and ranges is None:
         fixed = fixed_batch(inputs)
         if batch_size is not None and fixed not in (None, batch_size):
             notes = (f"the models fix their batch: timed with {fixed} samples, not the {batch_size} of --batch-size",)
-        feeds: list[dict[str, Array]] = [random_feeds(inputs, batch_size, built_for=built_for(runners))]
-        unlike: tuple[str, ...] = ()
-    else:
+        feeds = [random_feeds(inputs, batch_size, built_for=built_for(runners), tables=tables)]
+    elif data is not None:
         source = open_data(data, inputs, batch_size=batch_size, preprocessing=preprocessing)
         watch = InputWatch(runners)
-        feeds = [batch.feeds for batch in watch.batches(islice(source, BENCHMARK_BATCHES))]
+        read = islice(source, BENCHMARK_BATCHES if ranges is None else 1)
+        feeds = [batch.feeds for batch in watch.batches(read)]
         unlike = watch.warnings()
-    result = time_side_by_side(runners, feeds, transfers=transfers, rounds=rounds, budget_s=budget_s, track=track)
+
+    timed = partial(time_side_by_side, runners, transfers=transfers, rounds=rounds, budget_s=budget_s, track=track)
+    if ranges is None:
+        result = timed(feeds)
+    else:
+        sample = feeds[0] if feeds else None
+        points = points_of(shapes or "opt")
+        result = with_shapes(time_at_shapes(timed, inputs, ranges, points, sample=sample, tables=tables))
     return replace(result, notes=(*notes, *result.notes), warnings=(*result.warnings, *unlike))
 
 
@@ -230,6 +266,18 @@ def _runners(
         open_runner(model, name=title, execution=execution, threads=threads, trust=trust, cuda_graph=cuda_graph)
         for model, title in zip(models, titles(models) if names is None else names, strict=True)
     ]
+
+
+def _loaded(calibration: Calibration | Model) -> Calibration:
+    return calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+
+
+def _tables(models: Sequence[Model], inputs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Return the tables that ids are looked up in, as the first ONNX file among the models tells."""
+    model = next((model for model in models if not is_engine(model)), None)
+    if model is None or all(spec.dtype.kind == "f" for spec in inputs):
+        return {}
+    return id_tables(model)
 
 
 def _listed(models: Model | Sequence[Model]) -> Sequence[Model]:

@@ -1,9 +1,9 @@
 """The `auto` method: the scales that do least harm to the model's outputs, measured on held-back data.
 
 First every method is tried for the whole model. Then, tensor by tensor in graph order, every other method's scale is
-tried for that tensor alone and taken where it gains more than noise. Harm is the squared error of the float outputs
-against FP32, relative to the outputs' energy, per sample; a gain counts where its mean over the samples exceeds two
-standard errors and one per cent of the harm.
+tried for that tensor alone, or for those that share one scale, and taken where it gains more than noise. Harm is the
+squared error of the float outputs against FP32, relative to the outputs' energy, per sample; a gain counts where its
+mean over the samples exceeds two standard errors and one per cent of the harm.
 
 The trials share one session: the scales of the Q/DQ nodes are inputs of the graph, so that a trial costs inference
 only.
@@ -25,6 +25,7 @@ from engines.graph import PreparedModel, name_of, open_session
 from engines.onnxrt import tensor_specs
 from engines.placement import Placement
 from engines.qdq import insert_qdq
+from engines.scale_groups import chosen_together, shared_scales, without_silent
 from trt_int8.data import DataBatch
 from trt_int8.errors import DataError
 from trt_int8.joining import joined
@@ -82,7 +83,11 @@ def choose_scales(
     Raises:
         DataError: there is no sample, or the model has no float output to judge by.
     """
-    scales = {method: calibration.scales(method, percentile=percentile) for method in SEARCHES}
+    silent = calibration.always_zero
+    scales = {
+        method: without_silent(placement, calibration.scales(method, percentile=percentile), silent)
+        for method in SEARCHES
+    }
     trial = _Trial(prepared, placement, scales["minmax"], batches)
     harms = {method: trial.harm(scales[method]) for method in track(SEARCHES, "auto: whole model", len(SEARCHES))}
     whole = min(SEARCHES, key=lambda method: float(harms[method].mean()))
@@ -91,15 +96,20 @@ def choose_scales(
     chosen = {tensor: scales[whole][tensor] for tensor in placement.tensors}
     methods = dict.fromkeys(placement.tensors, whole)
     best = harms[whole]
-    for tensor in track(placement.tensors, "auto: tensors", len(placement.tensors)):
+    together = chosen_together(placement)
+    for tensors in track(together, "auto: tensors", len(together)):
         others = [method for method in SEARCHES if method != whole]
-        for method in _distinct(chosen[tensor], {method: scales[method][tensor] for method in others}):
-            harm = trial.harm({**chosen, tensor: scales[method][tensor]})
+        largest = {method: max(scales[method][tensor] for tensor in tensors) for method in others}
+        for method in _distinct(max(chosen[tensor] for tensor in tensors), largest):
+            harm = trial.harm({**chosen, **{tensor: scales[method][tensor] for tensor in tensors}})
             if gains(best, harm):
                 reasons.append(
-                    f"{tensor}: {method} instead of {methods[tensor]}: harm {best.mean():.3g} -> {harm.mean():.3g}"
+                    f"{', '.join(tensors)}: {method} instead of {methods[tensors[0]]}: "
+                    f"harm {best.mean():.3g} -> {harm.mean():.3g}"
                 )
-                chosen[tensor], methods[tensor], best = scales[method][tensor], method, harm
+                best = harm
+                for tensor in tensors:
+                    chosen[tensor], methods[tensor] = scales[method][tensor], method
     return AutoChoice(
         scales=chosen,
         methods=methods,
@@ -165,6 +175,7 @@ class _Trial:
 
     def harm(self, scales: Mapping[str, float]) -> NDArray[np.float64]:
         """Return the relative squared error of the outputs, one value per sample."""
+        scales = shared_scales(self._placement, scales)
         feeds = {name: np.asarray(scales[tensor], np.float32) for name, tensor in self._scale_inputs}
         harms = [
             _relative_error(expected, self._session.run(self._outputs, inputs | feeds), samples)
@@ -180,6 +191,8 @@ def _expose_scales(model: ir.Model, placement: Placement) -> list[tuple[str, str
     by_tensor = {value.name: scale for value, scale in scales.items() if value is not None and scale is not None}
     exposed: list[tuple[str, str]] = []
     for point in placement.activations:
+        if point.amax is not None:
+            continue  # nothing to choose: the graph fixes this scale
         scale = by_tensor[point.tensor]
         graph.initializers.pop(name_of(scale))
         scale.const_value = None

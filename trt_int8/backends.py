@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.optional import require
-from engines.trt_checks import WHEELS
+from engines.trt_checks import outdated_driver
 from trt_int8.errors import DeviceError, MissingDependencyError, TrtInt8Error
 from trt_int8.machine import CudaDriver, installed_version, read_cuda_driver
 
@@ -103,12 +103,10 @@ def loading_problem(module: str, load: Load = require) -> str | None:
 
 def driver_problem(cuda: CudaDriver, installed: Installed = installed_version) -> str | None:
     """Tell why TensorRT's installed wheel does not run on this driver, None where it does or nothing tells."""
-    needed = [needed for wheel, needed in WHEELS.items() if installed(wheel)]
-    if not needed or cuda.cuda_version is None:
+    missing = None if cuda.cuda_version is None else outdated_driver(cuda.cuda_version, installed)
+    if missing is None:
         return None
-    release, driver = min(needed)
-    if tuple(map(int, cuda.cuda_version.split("."))) >= release:
-        return None
+    _, release, driver = missing
     return (
         f"the driver serves CUDA {cuda.cuda_version}, and TensorRT's wheel is for CUDA {release[0]}, "
         f"which needs driver {driver} or newer"

@@ -9,6 +9,9 @@ from trt_int8.gpu_timing import GpuFigures
 from trt_int8.stopwatch import Timed
 from trt_int8.timing import CONFIDENCE, Latency, Speedup
 
+_OF_ALL_SHAPES = ("machine", "shapes")
+"""What a result says once for all its shapes."""
+
 
 @dataclass(frozen=True, slots=True)
 class TimedCandidate:
@@ -81,6 +84,8 @@ class BenchmarkResult:
         machine: `describe_machine()`.
         warnings: what speaks against trusting the figures, one sentence each.
         notes: what could not be measured, and why.
+        shapes: the same models timed at other shapes: "min", "opt" or "max" and the result there, see
+            `trt_int8.shaped_benchmark`; empty where one shape was timed.
     """
 
     candidates: tuple[TimedCandidate, ...]
@@ -92,6 +97,7 @@ class BenchmarkResult:
     machine: dict[str, Any]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    shapes: tuple[tuple[str, BenchmarkResult], ...] = ()
 
     @property
     def reference(self) -> TimedCandidate:
@@ -112,4 +118,8 @@ class BenchmarkResult:
             "seed": self.seed,
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "shapes": [
+                {"shape": name, **{key: value for key, value in result.to_json().items() if key not in _OF_ALL_SHAPES}}
+                for name, result in self.shapes
+            ],
         }

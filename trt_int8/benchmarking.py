@@ -28,7 +28,7 @@ from trt_int8.feeds import batch_input, describe
 from trt_int8.gpu_timing import EngineStopwatch, GpuFigures
 from trt_int8.machine import describe_machine
 from trt_int8.stopwatch import Clock, HostStopwatch, Stopwatch, Timed, Times, garbage_collection_off
-from trt_int8.timing import estimate_speedup, summarize
+from trt_int8.timing import NO_VERDICT, estimate_speedup, summarize
 from trt_int8.timing_warnings import clock_warnings, engine_warnings, shape_warnings, spread_warnings
 
 BENCHMARK_BATCHES = 16
@@ -47,6 +47,7 @@ def time_side_by_side(
     budget_s: float = 10.0,
     warmup_s: float = 0.2,
     seed: int = 0,
+    shapes_meant: bool = False,
     track: Track = untracked,
     clock: Clock = time.perf_counter_ns,
 ) -> BenchmarkResult:
@@ -63,6 +64,7 @@ def time_side_by_side(
             `trt_int8.stopwatch.MIN_ITERATIONS` inferences. The energy of each engine takes a second or two more.
         warmup_s: seconds of untimed inference per runner before the first round.
         seed: seed of the bootstrap.
+        shapes_meant: do not warn of shapes that kernels were not chosen for: they are timed on purpose.
         track: shows the progress.
         clock: the host's clock.
 
@@ -119,7 +121,7 @@ def time_side_by_side(
         inputs=_shapes(used[0]),
         seed=seed,
         machine=describe_machine(),
-        warnings=(*_warnings(runners, times, figures, used[0], timed), *left_out),
+        warnings=(*_warnings(runners, times, figures, None if shapes_meant else used[0], timed), *left_out),
         notes=notes,
     )
 
@@ -149,7 +151,7 @@ def _candidate(
     if index:
         why_none = _no_verdict(runner, reference)
         pair = f"{runner.name} against {reference.name}"
-        verdict = f"{pair}: no verdict, {why_none}" if why_none else speedup.verdict(runner.name, reference.name)
+        verdict = f"{pair}{NO_VERDICT}{why_none}" if why_none else speedup.verdict(runner.name, reference.name)
     queued = timed == "gpu compute" and gpu is not None
     return TimedCandidate(
         name=runner.name,
@@ -190,14 +192,14 @@ def _warnings(
     runners: Sequence[Runner],
     times: Sequence[Times],
     figures: dict[int, GpuFigures],
-    feeds: Batch,
+    feeds: Batch | None,
     timed: Timed,
 ) -> Iterator[str]:
     if timed != "gpu compute":  # compute times have a rule of their own
         yield from spread_warnings([runner.name for runner in runners], times)
     for index, gpu in figures.items():
         runner = runners[index]
-        if isinstance(runner, TensorRTRunner):
+        if feeds is not None and isinstance(runner, TensorRTRunner):
             yield from shape_warnings(runner.name, runner.profiles, feeds)
         if gpu.graph_fallback is not None:
             yield f"{runner.name} ran without a CUDA graph: {gpu.graph_fallback}"

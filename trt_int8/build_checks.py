@@ -40,7 +40,7 @@ def check_combination(
         data: whether data were given.
         of_data: the options that say how data are read, as the command line has them; None for those that were not
             given.
-        of_scales: the same for "--method", "--exclude" and "--residual", which say what becomes of a calibration.
+        of_scales: the same for "--method" and the options of the placement, which say what becomes of a calibration.
         percentile: whether method or calibrator takes a percentile; None where none was given.
 
     Raises:
@@ -50,7 +50,8 @@ def check_combination(
     if data and not implicit:
         raise UsageError(
             "--data are read by TensorRT's own calibrators alone, which --implicit asks for. Leave them out and give a "
-            "calibration (`trt-int8 calibrate` makes one of data), or add --implicit on TensorRT 10 and older."
+            "calibration (`trt-int8 calibrate` makes one of data), or add --implicit on TensorRT 10 and older. A "
+            "smoothed model is made of data by `trt-int8 quantize --smooth`, and built from that file."
         )
     if given and not data:
         raise UsageError(

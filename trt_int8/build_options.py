@@ -30,8 +30,12 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     return minimum, optimum, maximum
 
 
-def parse_shapes(texts: Sequence[str]) -> dict[str, ShapeRange]:
+def parse_shapes(texts: Sequence[str], *, one_will_do: bool = False) -> dict[str, ShapeRange]:
     """Read `--shape image=1x3x224x224,8x3x224x224,32x3x224x224` for each input.
+
+    Args:
+        texts: the values of the option.
+        one_will_do: whether a single shape may stand for all three.
 
     Raises:
         UsageError: one of them is not a name and three shapes, or a name comes twice.
@@ -43,12 +47,17 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, ShapeRange]:
             bounds = [tuple(int(length) for length in shape.split("x")) for shape in shapes.split(",")]
         except ValueError:
             bounds = []
+        if one_will_do and len(bounds) == 1:
+            bounds *= _BOUNDS
         if not name or len(bounds) != _BOUNDS or name in ranges:
             raise UsageError(
                 f"--shape is {text!r}{', an input that was named before' if name in ranges else ''}; expected an input "
-                "and its smallest, optimal and largest shape: --shape image=1x3x224x224,8x3x224x224,32x3x224x224."
+                f"and its smallest, optimal and largest shape{', or one for all' if one_will_do else ''}: "
+                "--shape image=1x3x224x224,8x3x224x224,32x3x224x224."
             )
         ranges[name] = ShapeRange(*bounds)
+        if one_will_do and any(list(axis) != sorted(axis) for axis in zip(*bounds, strict=False)):
+            raise UsageError(f"--shape is {text!r}; expected the three shapes in ascending order, axis by axis.")
     return ranges
 
 

@@ -27,7 +27,7 @@ from engines.device import Device, UploadBuffers, open_device
 from engines.graph import prepare, save_model
 from engines.onnxrt import load_header, tensor_specs
 from engines.optional import require
-from engines.placement import Residual
+from engines.placement_options import Attention, Residual
 from engines.profiles import Profile
 from engines.sidecar import sidecar_path
 from engines.trt_builder import BuiltEngine
@@ -55,7 +55,9 @@ from trt_int8.implicit import (
     calibrator_of_data,
     usage_note,
 )
+from trt_int8.input_alarm import note_inputs
 from trt_int8.outputs import check_outputs
+from trt_int8.placement_options import placement_options
 from trt_int8.replaced_engines import earlier_engine, replacement_note
 from trt_int8.typed_models import Scales, provenance_of, write_typed
 
@@ -72,7 +74,9 @@ def build_engine(
     method: Method = "entropy",
     percentile: float = DEFAULT_PERCENTILE,
     residual: Residual = "int8",
+    attention: Attention = "float",
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     force: bool = False,
     shapes: Mapping[str, Shapes] | None = None,
     batch: tuple[int, int, int] | None = None,
@@ -110,7 +114,9 @@ def build_engine(
         method: calibration method.
         percentile: of the percentile method, and of the percentile calibrator.
         residual: whether the skip input of residual Adds is quantized.
+        attention: whether the operands of attention products are quantized, where the rules allow it.
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
+        include: the same for nodes to quantize against a rule about speed or accuracy; see `engines.node_rules`.
         force: use a calibration of another graph where the tensor names fit.
         shapes: input name to its smallest, optimal and largest shape.
         batch: smallest, optimal and largest batch, for inputs that `shapes` does not name and whose only dynamic axis
@@ -153,13 +159,13 @@ def build_engine(
     for word, value, choices in (
         ("precision", precision, Precision),
         ("method", method, Method),
-        ("residual", residual, Residual),
         ("hardware_compatibility", hardware_compatibility, HardwareCompatibility),
         ("calibrator", calibrator or "entropy2", CalibratorName),
         ("short_batch", short_batch, ShortBatch),
     ):
         check_choice(word, value, choices)
     check_percentile(percentile)
+    placement = placement_options(residual, attention, exclude, include)
     reading = {
         "--calibrator": calibrator,
         "--batch-size": batch_size,
@@ -171,8 +177,10 @@ def build_engine(
     }
     scaling = {
         "--method": None if method == DEFAULT_METHOD else method,
-        "--exclude": exclude or None,
         "--residual": None if residual == "int8" else residual,
+        "--attention": None if attention == "float" else attention,
+        "--exclude": exclude or None,
+        "--include": include or None,
     }
     takes_percentile = (method if data is None else calibrator) == "percentile"
     file = Path(model)
@@ -243,7 +251,7 @@ def build_engine(
             data_id=data_id,
             short_batch=short_batch,
         )
-    job = _Job(file, header, as_it_is, target, Scales(found, method, percentile, residual, exclude, force), track)
+    job = _Job(file, header, as_it_is, target, Scales(found, method, percentile, placement, force), track)
     trt = require("tensorrt", "build a TensorRT engine")
     if implicit:
         require_calibrators(trt, file)
@@ -339,6 +347,7 @@ def _build_implicit(
                 percentile=scales.percentile,
                 force=scales.force,
             )
+            note_inputs(prepared.proto, scales.calibration.input_statistics)
         if not job.as_it_is:
             save_model(prepared.proto, network)
         built = trt_builder.build_engine(

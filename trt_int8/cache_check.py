@@ -60,10 +60,15 @@ def check_data(
         track: shows progress.
 
     Raises:
-        CalibrationError: the calibration belongs to another model, or there is no such method.
+        CalibrationError: the calibration belongs to another model or holds ranges alone, or there is no such method.
         DataError: the data are missing, empty, of another shape or dtype, or not finite.
         NonFiniteActivationError: an activation overflowed.
     """
+    if calibration.statistics != "histogram":
+        raise CalibrationError(
+            "Cannot check data against a calibration of ranges alone: how many values lie beyond the thresholds is "
+            "told by histograms. Calibrate again without --statistics minmax."
+        )
     thresholds = calibration.amax(method, percentile=percentile)
     prepared = prepare(model)
     if not force:

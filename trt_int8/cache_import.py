@@ -24,14 +24,17 @@ from calibrators.numerics import LEVELS
 from calibrators.tensorrt_cache import TensorRTCache, release_of, why_unusable
 from engines.graph import PreparedModel, prepare, quiet
 from engines.onnxrt import load_header
-from engines.placement import Placement, Residual
+from engines.placement import Placement
+from engines.placement_options import Attention, PlacementOptions, Residual
 from engines.placement_tensorrt import place_for_tensorrt
 from engines.tensorrt_names import FoundTensor, MissingTensor, contradictions, find_tensors, is_tensorrts_own
 from trt_int8.cache_import_result import ImportResult
 from trt_int8.choices import check_choice
 from trt_int8.errors import ConfigError, UsageError
 from trt_int8.outputs import check_output
-from trt_int8.quantization import CALIBRATION_KEY, METHOD_KEY, Int8Precision, write_quantized
+from trt_int8.placement_options import placement_entry, placement_options
+from trt_int8.quantization import write_quantized
+from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY, Int8Precision
 
 _LISTED = 10
 """Names that a one-line message holds."""
@@ -43,7 +46,9 @@ def import_cache(
     *,
     output: str | os.PathLike[str],
     residual: Residual = "int8",
+    attention: Attention = "float",
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     precision: Int8Precision = "int8",
     allow_missing: bool = False,
     renamed: Mapping[str, str] | None = None,
@@ -55,7 +60,9 @@ def import_cache(
         model: the FP32 ONNX file; the one that the cache was made from, or another export of the same model.
         output: the file to write.
         residual: whether the skip input of residual Adds is quantized.
+        attention: whether the operands of attention products are quantized, where the rules allow it.
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
+        include: the same for nodes to quantize against a rule about speed or accuracy; see `engines.node_rules`.
         precision: "int8" leaves the other layers in FP32, "int8+fp16" in FP16.
         allow_missing: leave the nodes float whose scales the cache lacks, instead of refusing.
         renamed: name in the cache to name in the graph, where no rule of `engines.tensorrt_names` finds a tensor.
@@ -64,21 +71,21 @@ def import_cache(
         CacheFormatError: `cache` is no TensorRT calibration cache, but a file of the kind named.
         CalibrationError: it lacks scales, holds unusable ones, or is of another model.
         ConfigError: `renamed` names what is not there; `output` is read as well.
-        ModelError: an expression of `exclude` matches nothing.
+        ModelError: an expression of `exclude` or `include` matches nothing.
     """
-    check_choice("residual", residual, Residual)
+    options = placement_options(residual, attention, exclude, include)
     check_choice("precision", precision, Int8Precision)
     check_output(output, cache, model)
     content = TensorRTCache.load(cache)
     prepared = prepare(model)
     lookup = _Lookup(content, prepared.ir(), _original(prepared), dict(renamed or {}))
     lookup.check_renamed()
-    placement = place_for_tensorrt(prepared.ir(), residual=residual, exclude=exclude)
+    placement = place_for_tensorrt(prepared.ir(), options)
     wanted = placement.tensors
     found, missing = lookup.find(wanted)
     _check(f"Cannot import {os.fspath(cache)!r} for {os.fspath(model)!r}", lookup, found, missing, allow_missing)
     if missing:
-        placement, found = _without(prepared, lookup, found, residual, exclude)
+        placement, found = _without(prepared, lookup, found, options)
     if not placement.weights:
         raise CalibrationError(
             f"Cannot import {os.fspath(cache)!r} for {os.fspath(model)!r}: no node would be left to quantize. Check "
@@ -96,6 +103,7 @@ def import_cache(
         metadata={
             METHOD_KEY: f"{content.algorithm} of TensorRT {release_of(content.version)}",
             CALIBRATION_KEY: hashlib.sha256(content.to_bytes()).hexdigest(),
+            **placement_entry(options),
         },
     )
     used = {item.cached for item in found}
@@ -234,7 +242,7 @@ def _check(
 
 
 def _without(
-    prepared: PreparedModel, lookup: _Lookup, found: Sequence[FoundTensor], residual: Residual, exclude: Sequence[str]
+    prepared: PreparedModel, lookup: _Lookup, found: Sequence[FoundTensor], options: PlacementOptions
 ) -> tuple[Placement, list[FoundTensor]]:
     """Plan again without the nodes whose data input has no scale.
 
@@ -248,10 +256,15 @@ def _without(
     known = {item.tensor: item for item in found}
     lacking: dict[str, str] = {}
     while True:
-        placement = place_for_tensorrt(graph, residual=residual, exclude=[*exclude, *map(re.escape, lacking)])
+        excluded = [*options.exclude, *map(re.escape, lacking)]
+        placement = place_for_tensorrt(graph, dataclasses.replace(options, exclude=excluded))
         more, _ = lookup.find([tensor for tensor in placement.tensors if tensor not in known])
         known |= {item.tensor: item for item in more}
         new = {weight.node: weight.data_scale_of for weight in placement.weights if weight.data_scale_of not in known}
+        products = {decision.node for decision in placement.decisions if decision.rule == "attention"}
+        for point in placement.activations:
+            if point.amax is None and point.scale_of not in known:
+                new |= {node: point.scale_of for node, _ in point.uses or () if node in products}
         if not new:
             break
         lacking |= new
@@ -263,7 +276,7 @@ def _without(
         else decision
         for decision in placement.decisions
     )
-    points = tuple(point for point in placement.activations if point.scale_of in known)
+    points = tuple(point for point in placement.activations if point.amax is not None or point.scale_of in known)
     return dataclasses.replace(placement, activations=points, decisions=decisions), list(known.values())
 
 

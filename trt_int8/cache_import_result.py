@@ -11,7 +11,7 @@ from typing import Any
 from engines.fp16 import HeldNode
 from engines.placement import Placement
 from engines.tensorrt_names import FoundTensor, MissingTensor
-from trt_int8.quantization import Int8Precision
+from trt_int8.quantize_result import Int8Precision
 
 _RULES = {
     "name": "name",

@@ -65,7 +65,7 @@ def merge_calibrations(
         if differences:
             raise CalibrationError(
                 f"Cannot merge {paths[0]!r} and {path!r}: they differ in {'; '.join(differences)}. Expected the same "
-                "model, preprocessing and tensors; calibrate the same model file on the other data."
+                "model, preprocessing, tensors and statistics; calibrate the same model file on the other data."
             )
     twice = _twice(paths, parts)
     if twice and not force:
@@ -91,6 +91,8 @@ def differing(first: Calibration, second: Calibration) -> list[str]:
         one, other = getattr(first.fingerprint, what), getattr(second.fingerprint, what)
         if one != other:
             found.append(f"{what} ({_short(one)} and {_short(other)})")
+    if first.statistics != second.statistics:
+        found.append(f"statistics ({first.statistics} and {second.statistics})")
     only_first = [name for name in first.tensors if name not in set(second.tensors)]
     only_second = [name for name in second.tensors if name not in set(first.tensors)]
     for where, names in (("first", only_first), ("second", only_second)):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrators.calibration import DEFAULT_METHOD, SEARCHES, Calibration
+from calibrators.calibration import DEFAULT_METHOD, Calibration
 from calibrators.errors import CalibrationError
 from calibrators.tensorrt_cache import ENTROPY_2, MINMAX, TensorRTCache, header_version, release_of, why_unusable
 from engines.tensorrt_names import is_tensorrts_own
@@ -117,20 +117,21 @@ def _usable(cache: TensorRTCache) -> TensorRTCache:
 
 
 def _calibration_table(calibration: Calibration, name: str, percentile: float) -> tuple[Table, list[str]]:
-    amax = {method: calibration.amax(method, percentile=percentile) for method in SEARCHES}
-    scales = {method: calibration.scales(method, percentile=percentile) for method in SEARCHES}
+    searches = calibration.searches
+    amax = {method: calibration.amax(method, percentile=percentile) for method in searches}
+    scales = {method: calibration.scales(method, percentile=percentile) for method in searches}
     rows = []
     for tensor in calibration.tensors:
-        histogram = calibration.histogram(tensor)
-        zeros = 100 * histogram.zeros / histogram.count if histogram.count else 0.0
-        cells = [tensor, f"{histogram.minimum:.5g}", f"{histogram.maximum:.5g}", f"{zeros:.1f}"]
-        for method in SEARCHES:
+        found = calibration.magnitude_range(tensor)
+        zeros = 100 * found.zeros / found.count if found.count else 0.0
+        cells = [tensor, f"{found.minimum:.5g}", f"{found.maximum:.5g}", f"{zeros:.1f}"]
+        for method in searches:
             cells.append(f"{scales[method][tensor]:.5g}")
             if method != "minmax":  # clips nothing
-                cells.append(_percent(100 * clipped_share(histogram, amax[method][tensor])))
+                cells.append(_percent(100 * clipped_share(calibration.histogram(tensor), amax[method][tensor])))
         rows.append(cells)
     columns = ["tensor", "min", "max", "zeros %", "minmax"]
-    for method in SEARCHES[1:]:
+    for method in searches[1:]:
         columns += [f"percentile\n{percentile:g}" if method == "percentile" else method, "clip %"]
     fingerprint = calibration.fingerprint
     lines = [
@@ -140,6 +141,8 @@ def _calibration_table(calibration: Calibration, name: str, percentile: float) -
         f"data {', '.join(part[:16] or 'unknown' for part in fingerprint.data)}",
         f"preprocessing {fingerprint.preprocessing or 'none'}",
     ]
+    if calibration.statistics == "minmax":
+        lines.append("ranges alone (--statistics minmax): it serves the method minmax")
     lines += [f"always 0: {tensor} (its scale is 1)" for tensor in calibration.always_zero]
     return make_table(f"{name}: scales by method, and the share of values that each clips", columns, rows), lines
 

@@ -71,7 +71,7 @@ def calibrate_into(
         calibration.save(output)
     remove_leftovers(output)
     checkpoint.remove()
-    return CalibrateResult(output, calibration, kept, _notes(calibration, method))
+    return CalibrateResult(output, calibration, kept, (*_notes(calibration, method), *job.notes))
 
 
 def _kept(output: Path, job: CalibrationJob, track: Track) -> Calibration | None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
+from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Track, untracked
 from engines.graph import PreparedModel
-from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Search, Tensors
+from trt_int8.calibration_backend import DEFAULT_CALIBRATION_BACKEND, CalibrationBackendChoice
+from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Tensors
 from trt_int8.checkpoint import Checkpoint
+from trt_int8.config import Search
 from trt_int8.data import DataSpec
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
 
-__all__ = ["DEFAULT_MAX_BATCHES", "Search", "Tensors", "calibrate", "check_fits"]
+_log = logging.getLogger(__name__)
+
+__all__ = ["DEFAULT_MAX_BATCHES", "Tensors", "calibrate", "check_fits"]
 
 
 def calibrate(
@@ -30,11 +36,15 @@ def calibrate(
     preprocessing: Preprocessing | None = None,
     data_id: str | None = None,
     threads: int | None = None,
+    statistics: Statistics = "histogram",
     stop_when_stable: Search | None = None,
     max_memory_bytes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    backend: CalibrationBackendChoice = DEFAULT_CALIBRATION_BACKEND,
+    padding_mask: str | None = None,
+    lengths: str | None = None,
     ray: str | None = None,
     track: Track = untracked,
 ) -> Calibration:
@@ -51,6 +61,8 @@ def calibrate(
         data_id: a name for data that comes from a callable, so that its calibration can be recognised later.
         threads: number of batches that are run at a time, each in one thread; None takes one per usable core, but no
             more than 8. The result does not depend on it.
+        statistics: "histogram" keeps what every method takes its scales from; "minmax" only each tensor's range, which
+            costs less, and serves the method "minmax" alone.
         stop_when_stable: end at 32, 64, 128, ... batches once no scale by this method has moved by more than 1 % over
             the last doubling; None reads all.
         max_memory_bytes: what the activations that are handed out for counting may take, those of all batches that are
@@ -61,6 +73,16 @@ def calibrate(
         checkpoint_every: batches between two checkpoints; None writes one a minute.
         resume: go on from the checkpoint, where there is one. The stream is read again up to there and must give the
             same batches; the result is the one that an undisturbed run would have had, to the bit.
+        backend: what runs the model: "onnxruntime" (the processor); "cuda" (ONNX Runtime's CUDA provider) or "tensorrt"
+            (an FP32 engine, built for it), where the activations are counted on the GPU and never leave it; "auto"
+            takes a GPU where there is one. The activations differ in their last bits from one to the other, so that a
+            calibration is recognised by the same one alone.
+        padding_mask: name of the mask that tells real positions (1 or True) from those that fill sequences up to one
+            length: an input of the model, or an array that goes along with the inputs, of shape (samples, positions).
+            What fills up is left out of every activation with an axis of positions; where several have one, as the
+            scores of an attention have, padded queries and padded keys alike. Tensors of which the graph does not tell
+            where it lies are counted whole, and named in the log.
+        lengths: the same, told by the number of real positions of each sample, which come first: shape (samples,).
         ray: address of a Ray cluster whose workers count the batches, see `trt_int8.ray_cluster`; the result is the
             same to the bit. None counts them in this process.
         track: shows progress.
@@ -75,6 +97,7 @@ def calibrate(
         CalibrationError: the checkpoint is of another model, or of a run that was told something else; the Ray cluster
             cannot be reached or does not do its work.
         MissingDependencyError: Ray is asked for and not installed.
+        UsageError: padding is told by two arrays, or is to be left out on a GPU.
         TrtInt8Error: see `engines.graph.prepare` for the model's own errors.
     """
     job = CalibrationJob(
@@ -86,10 +109,16 @@ def calibrate(
         preprocessing=preprocessing,
         data_id=data_id,
         threads=threads,
+        statistics=statistics,
         stop_when_stable=stop_when_stable,
         max_memory_bytes=max_memory_bytes,
+        backend=backend,
+        padding_mask=padding_mask,
+        lengths=lengths,
         ray=ray,
     )
+    for note in job.notes:
+        _log.warning("%s", note)
     kept = None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_every)
     calibration = job.run(kept, resume=resume, track=track)
     if kept is not None:

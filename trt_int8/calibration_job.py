@@ -12,23 +12,30 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-import onnxruntime
-
 from calibrators.calibration import Calibration
+from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.histogram import BINS
 from calibrators.protocols import Track, untracked
 from engines.activations import tensors_to_calibrate, worker_count
 from engines.graph import prepare
+from engines.histogram_kernel import COUNTER_BYTES
 from engines.memory import activation_bytes, split_tensors, weight_bytes
 from engines.onnxrt import tensor_specs
+from engines.sequence_axes import find_padding
 from trt_int8 import __version__
+from trt_int8.calibration_backend import (
+    DEFAULT_CALIBRATION_BACKEND,
+    CalibrationBackendChoice,
+    choose_calibration_backend,
+)
 from trt_int8.calibration_pass import CalibrationPass
 from trt_int8.checkpoint import FINISHED, Checkpoint
 from trt_int8.choices import check_choice
-from trt_int8.data import DataSpec, open_data
+from trt_int8.config import Search
+from trt_int8.data import DataSpec, open_data, padding_from
 from trt_int8.errors import DataError, UsageError
-from trt_int8.progress import time_data
+from trt_int8.float_models import check_float
 from trt_int8.ray_cluster import RayCluster
 
 if TYPE_CHECKING:
@@ -37,7 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Tensors = Literal["quantized", "all"]
-Search = Literal["minmax", "entropy", "percentile", "mse"]
 
 DEFAULT_MAX_BATCHES = 1000
 
@@ -46,6 +52,9 @@ _USUAL_SHARE = 0.1
 """Of a tensor's counters, the part whose pages are ever written to."""
 
 _MIB = 2**20
+
+_NAMED = 8
+"""Tensors that a note lists."""
 
 
 class CalibrationJob:
@@ -65,14 +74,33 @@ class CalibrationJob:
         preprocessing: Preprocessing | None = None,
         data_id: str | None = None,
         threads: int | None = None,
+        statistics: Statistics = "histogram",
         stop_when_stable: Search | None = None,
         max_memory_bytes: int | None = None,
+        backend: CalibrationBackendChoice = DEFAULT_CALIBRATION_BACKEND,
+        padding_mask: str | None = None,
+        lengths: str | None = None,
         ray: str | None = None,
     ) -> None:
+        padding = padding_from(padding_mask, lengths)
         self._cluster = None if ray is None else RayCluster(ray)
         check_choice("tensors", tensors, Tensors)
         if stop_when_stable is not None:
             check_choice("stop_when_stable", stop_when_stable, Search)
+        check_choice("statistics", statistics, Statistics)
+        if statistics == "minmax" and stop_when_stable not in (None, "minmax"):
+            raise UsageError(
+                f"Cannot stop when the scales of {stop_when_stable!r} are stable: --statistics minmax keeps ranges "
+                "alone, which give the scales of 'minmax'. Stop by that, or keep histograms."
+            )
+        choose = choose_calibration_backend if self._cluster is None else self._cluster.choose_backend
+        self._backend = choose("onnxruntime" if padding is not None and backend == "auto" else backend)
+        if padding is not None and self._backend.on_gpu:
+            raise UsageError(
+                f"Cannot leave padding out by the {padding} where activations are counted on a GPU (--backend "
+                f"{backend}): they are counted whole there. Take --backend onnxruntime."
+            )
+        check_float(model, "calibrate")
         self._prepared = prepare(model)
         inputs, _ = tensor_specs(self._prepared.proto)
         self._tensors = tensors_to_calibrate(self._prepared, tensors)
@@ -83,11 +111,30 @@ class CalibrationJob:
             max_batches=max_batches,
             preprocessing=preprocessing,
             data_id=data_id,
+            padding=padding,
         )
+        self._padded = None if padding is None else find_padding(self._prepared, self._tensors, padding)
         self._threads = threads
+        self._statistics = statistics
         self._stop_when_stable = stop_when_stable
         self._max_memory_bytes = max_memory_bytes
-        self._settings = {"stop_when_stable": stop_when_stable, "onnxruntime": str(onnxruntime.__version__)}
+        self._settings = {
+            "stop_when_stable": stop_when_stable,
+            **({"statistics": statistics} if statistics != "histogram" else {}),
+            "padding": None if padding is None else str(padding),
+            **self._backend.settings,
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how it is done, a line each."""
+        whole = () if self._padded is None else self._padded.unknown
+        if not whole:
+            return ()
+        more = f" and {len(whole) - _NAMED} more" if len(whole) > _NAMED else ""
+        return (
+            f"counted with their padding, as the graph does not tell where it lies: {', '.join(whole[:_NAMED])}{more}",
+        )
 
     def run(
         self, checkpoint: Checkpoint | None = None, *, resume: bool = False, track: Track = untracked
@@ -110,7 +157,7 @@ class CalibrationJob:
                 # Of several passes that are done, the first is read again and checked, and the others agree with it.
                 found = part.earlier if index > 0 and _is_finished(part.earlier) else None
                 if found is None:
-                    found = part.run(batches, self._source.batches, time_data(track, lambda: self._source.waited_s))
+                    found = part.run(batches, self._source.batches, track)
                     if part.checkpoint is not None and len(passes) > 1:
                         part.checkpoint.save(found.annotated(settings={**found.settings, FINISHED: True}))
                 parts.append(found)
@@ -149,7 +196,8 @@ class CalibrationJob:
         # What is fed takes no more memory by being counted.
         found = activation_bytes(self._prepared, self._tensors, shapes)
         sizes = {name: 0 if name in shapes else size for name, size in found.items()}
-        workers = worker_count(self._threads)
+        on_gpu = self._backend.on_gpu
+        workers = 1 if on_gpu else worker_count(self._threads)
         limit = self._max_memory_bytes
         passes = [self._tensors] if limit is None else split_tensors(sizes, limit // workers)
         if len(passes) > 1:
@@ -160,8 +208,20 @@ class CalibrationJob:
                     "all tensors. Leave --stop-when-stable out, or allow more with --max-memory."
                 )
         exposed = max(sum(sizes[name] or 0 for name in names) for names in passes)
-        counters = workers * _COUNTERS_BYTES * max(len(names) for names in passes)
+        counters = workers * (COUNTER_BYTES if on_gpu else _COUNTERS_BYTES) * max(len(names) for names in passes)
         unknown = sum(size is None for size in sizes.values())
+        _log.info("calibrating by %s: %s", self._backend.name, self._backend.reason)
+        if on_gpu:
+            _log.info(
+                "memory of the GPU: plain inference (%.1f MiB of weights) + %.1f MiB of activations for batches like "
+                "the first%s + %.1f MiB of histograms%s",
+                weight_bytes(self._prepared) / _MIB,
+                exposed / _MIB,
+                f" + those of {unknown} tensors whose shape the graph does not tell" if unknown else "",
+                counters / _MIB,
+                f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
+            )
+            return passes
         _log.info(
             "memory: plain inference (%.1f MiB of weights) + %d x %.1f MiB of activations for batches like the first%s "
             "+ at most %.1f MiB of histograms, usually %.1f%s",
@@ -191,6 +251,9 @@ class CalibrationJob:
             checkpoint=kept,
             earlier=None if kept is None else self._earlier(kept, names, resume=resume),
             cluster=self._cluster,
+            statistics=self._statistics,
+            backend=self._backend,
+            padded=self._padded,
         )
 
     def _earlier(self, checkpoint: Checkpoint, names: Sequence[str], *, resume: bool) -> Calibration | None:
@@ -227,6 +290,8 @@ class CalibrationJob:
             )
             if before != now
         ]
+        if calibration.statistics != self._statistics:
+            changes.append(f"it was made with --statistics {calibration.statistics}, and is now {self._statistics}")
         if list(calibration.tensors) != list(names):
             changes.append(f"it holds {len(calibration.tensors)} tensors, and {len(names)} are asked for")
         told = {
@@ -254,7 +319,9 @@ class CalibrationJob:
                 )
         holder = {name: part for part in parts for name in part.tensors}
         return Calibration(
-            {name: holder[name].histogram(name) for name in self._tensors},
+            {name: holder[name].magnitude_range(name) for name in self._tensors}
+            if self._statistics == "minmax"
+            else {name: holder[name].histogram(name) for name in self._tensors},
             first.fingerprint,
             first.input_shapes,
             input_statistics=first.input_statistics,

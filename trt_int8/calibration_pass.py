@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from calibrators.calibration import SEARCHES, Calibration, Fingerprint, Settings
-from calibrators.collector import ActivationStatistics, collect
-from calibrators.convergence import LEAST_BATCHES, History, extended, is_doubling, judge, last_point
+from calibrators.calibration import Calibration, Fingerprint, Settings
+from calibrators.collector import ActivationStatistics, Statistics, collect
+from calibrators.convergence import LEAST_BATCHES, History, extended, is_point, judge, last_point, trimmed
+from calibrators.idle import IdleMeter
 from calibrators.input_statistics import Inputs, merge_inputs, statistics_of_feeds
 from calibrators.protocols import Track
-from engines.activations import OnnxRuntimeActivations
+from engines.activations import OnnxRuntimeActivations, worker_count
 from engines.graph import PreparedModel
+from engines.padding import PaddedTensors
 from trt_int8 import __version__
+from trt_int8.calibration_backend import CalibrationBackend, open_gpu_activations
 from trt_int8.checkpoint import Checkpoint
 from trt_int8.data import DataBatch
 from trt_int8.errors import DataError
+from trt_int8.progress import time_data
 from trt_int8.ray_cluster import RayCluster
 
 _log = logging.getLogger(__name__)
@@ -60,6 +65,10 @@ class CalibrationPass:
         checkpoint: where the state is kept; None for nowhere.
         earlier: the state that the pass goes on from; None for the start.
         cluster: where the batches are counted; None for this process.
+        statistics: what is kept of each tensor.
+        backend: what runs the model in this process; None for the processor.
+        padded: where padding lies in the tensors, which is left out of their statistics, not of the inputs' (what
+            measures a model later does not know of it); None for nowhere.
     """
 
     prepared: PreparedModel
@@ -73,6 +82,11 @@ class CalibrationPass:
     checkpoint: Checkpoint | None = None
     earlier: Calibration | None = None
     cluster: RayCluster | None = None
+    statistics: Statistics = "histogram"
+    backend: CalibrationBackend | None = None
+    padded: PaddedTensors | None = None
+    _total: int | None = field(default=None, init=False)
+    _waited_s: float = field(default=0.0, init=False)
     _inputs: Inputs = field(default_factory=dict, init=False)
     _history: History = field(default_factory=dict, init=False)
     _reviews: dict[int, _Position] = field(default_factory=dict, init=False)
@@ -91,6 +105,7 @@ class CalibrationPass:
             DataError: the stream is not the one of the earlier state.
             NonFiniteActivationError: an activation overflowed; the tensor, batch and node are named.
         """
+        self._total = None if self.stop_when_stable is not None else total  # it may end anywhere
         if self.earlier is None:
             return self._count(batches, total, track)
         self._inputs, self._history = self.earlier.input_statistics, self.earlier.convergence
@@ -101,23 +116,50 @@ class CalibrationPass:
         return self._count(chain([first], batches), None if total is None else total - self._skipped(), track)
 
     def _count(self, batches: Iterable[DataBatch], total: int | None, track: Track) -> Calibration:
-        noted = self._noted(batches)
-        if self.cluster is None:
+        meter = IdleMeter(worker_count(self.threads))
+        # Elsewhere nothing tells how busy the workers are: they count as idle as long as data are waited for.
+        local = self.cluster is None and (self.backend is None or not self.backend.on_gpu)
+        noted = self._noted(_timed(batches, self._add_wait, meter.idle_s if local else time.perf_counter))
+        track = time_data(track, lambda: self._waited_s)
+        if self.cluster is None and self.backend is not None and self.backend.on_gpu:
+            with open_gpu_activations(
+                self.backend, self.prepared, self.tensors, noted, exposed=self.exposed, first=self._skipped()
+            ) as source:
+                statistics = collect(
+                    source,
+                    track=track,
+                    total=total,
+                    interval=self._due,
+                    review=self._review,
+                    statistics=self.statistics,
+                )
+        elif self.cluster is None:
             activations = OnnxRuntimeActivations(
                 self.prepared,
                 self.tensors,
                 noted,
                 threads=self.threads,
                 exposed=self.exposed,
+                padded=self.padded,
                 first=self._skipped(),
             )
-            statistics = collect(activations, track=track, total=total, interval=self._due, review=self._review)
+            statistics = collect(
+                activations,
+                track=track,
+                total=total,
+                interval=self._due,
+                review=self._review,
+                statistics=self.statistics,
+                meter=meter,
+            )
         else:
             statistics = self.cluster.collect(
                 self.prepared,
                 self.tensors,
                 noted,
                 exposed=self.exposed,
+                backend=self.backend,
+                padded=self.padded,
                 first=self._skipped(),
                 track=track,
                 total=total,
@@ -129,6 +171,9 @@ class CalibrationPass:
             raise AssertionError("batches were counted that were never read")
         return self._finished(self._state(statistics, end))
 
+    def _add_wait(self, seconds: float) -> None:
+        self._waited_s += seconds
+
     def _noted(self, batches: Iterable[DataBatch]) -> Iterator[DataBatch]:
         """Pass batches on, and note where the statistics will have to be looked at."""
         for batch in batches:
@@ -137,7 +182,7 @@ class CalibrationPass:
                 self._inputs = merge_inputs(self._inputs, statistics_of_feeds(batch.feeds, batch.samples))
             keep = self.checkpoint is not None and self.checkpoint.due(count)
             self._last = _Position(count, batch.rolling_hash, self._inputs, keep)
-            if keep or is_doubling(count):
+            if keep or is_point(count, self._total):
                 self._reviews[count] = self._last
             yield batch
 
@@ -150,7 +195,7 @@ class CalibrationPass:
     def _review(self, statistics: ActivationStatistics) -> bool:
         position = self._reviews.pop(self._skipped() + statistics.batches)
         state = self._state(statistics, position)
-        if is_doubling(position.batches):
+        if is_point(position.batches, self._total):
             self._history = extended(self._history, position.batches, _scales(state))
             if self._settled(position.batches):
                 self._stopped = position
@@ -167,11 +212,14 @@ class CalibrationPass:
 
     def _state(self, statistics: ActivationStatistics, position: _Position) -> Calibration:
         """Return what was counted up to a position, the earlier state included."""
-        histograms = dict(statistics.histograms)
+        if self.statistics == "minmax":
+            statistics = statistics.reduced()
+        histograms, ranges = dict(statistics.histograms), dict(statistics.ranges)
         shapes = {name: Counter(seen) for name, seen in statistics.input_shapes.items()}
         samples = statistics.samples
         if self.earlier is not None:
             histograms = {name: self.earlier.histogram(name).merge(found) for name, found in histograms.items()}
+            ranges = {name: self.earlier.magnitude_range(name).merge(found) for name, found in ranges.items()}
             for name, seen in self.earlier.input_shapes.items():
                 shapes.setdefault(name, Counter()).update(seen)
             samples += self.earlier.fingerprint.samples
@@ -185,7 +233,7 @@ class CalibrationPass:
             samples=samples,
         )
         return Calibration(
-            histograms,
+            ranges or histograms,
             fingerprint,
             shapes,
             input_statistics=position.inputs,
@@ -196,9 +244,23 @@ class CalibrationPass:
     def _finished(self, state: Calibration) -> Calibration:
         """Return the state with the last point of its history."""
         batches = state.fingerprint.batches
-        if last_point(self._history) == batches:
-            return state.annotated(convergence=self._history)
-        return state.annotated(convergence=extended(self._history, batches, _scales(state)))
+        if last_point(self._history) != batches:
+            self._history = extended(self._history, batches, _scales(state))
+        return state.annotated(convergence=trimmed(self._history))
+
+
+def _timed(
+    batches: Iterable[DataBatch], add: Callable[[float], None], idle_s: Callable[[], float]
+) -> Iterator[DataBatch]:
+    """Pass batches on, and add up for how long workers were idle while one was read."""
+    stream = iter(batches)
+    while True:
+        before = idle_s()
+        batch = next(stream, None)
+        add(idle_s() - before)
+        if batch is None:
+            return
+        yield batch
 
 
 def check_skipped(batches: Iterator[DataBatch], earlier: Calibration, track: Track) -> None:
@@ -227,4 +289,4 @@ def check_skipped(batches: Iterator[DataBatch], earlier: Calibration, track: Tra
 
 
 def _scales(state: Calibration) -> dict[str, dict[str, float]]:
-    return {method: state.scales(method) for method in SEARCHES}
+    return {method: state.scales(method) for method in state.searches}

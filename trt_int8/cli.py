@@ -17,6 +17,7 @@ import typer
 
 from trt_int8 import __version__, siblings
 from trt_int8.cli_cache import cache
+from trt_int8.cli_lint import lint
 from trt_int8.cli_measure import bench, compare, inspect
 from trt_int8.cli_models import build, calibrate, export, quantize
 
@@ -102,7 +103,7 @@ def init(
     typer.echo(f"{output}: edit it, then `trt-int8 run {output}`")
 
 
-for _command in (export, calibrate, quantize, build, bench, compare, inspect):
+for _command in (export, calibrate, quantize, build, bench, compare, inspect, lint):
     app.command()(_command)
 
 

@@ -8,13 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from trt_int8.cli_options import (
+    AttentionOption,
     BatchSize,
     DataOption,
+    ExcludeOption,
     ForceOption,
+    IncludeOption,
     JsonOption,
     MethodName,
     PercentileOption,
     PreprocessingOption,
+    ResidualOption,
     ThreadsOption,
     read_preprocessing,
     write_json,
@@ -27,7 +31,6 @@ cache = typer.Typer(
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="calibration.npz or a TensorRT cache.")]
 MethodOption = Annotated[MethodName, typer.Option("--method", help="Of a calibration's methods.")]
-ResidualName = Literal["int8", "float"]
 QuantizedName = Literal["int8", "int8+fp16"]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="Show so many tensors.")]
 
@@ -103,8 +106,10 @@ def import_(
     old: Annotated[Path, typer.Argument(metavar="OLD.cache", help="TensorRT's calibration cache, 7 to 10.")],
     model: Annotated[Path, typer.Option("--model", metavar="MODEL", help="The FP32 ONNX file.")],
     output: Annotated[Path, typer.Option("--output", help="File to write.")] = Path("model.int8.onnx"),
-    residual: Annotated[ResidualName, typer.Option("--residual", help="Skip input of residual Adds.")] = "int8",
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")] = None,
+    residual: ResidualOption = "int8",
+    attention: AttentionOption = "float",
+    exclude: ExcludeOption = None,
+    include: IncludeOption = None,
     precision: Annotated[
         QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16.")
     ] = "int8",
@@ -124,7 +129,9 @@ def import_(
         model,
         output=output,
         residual=residual,
+        attention=attention,
         exclude=exclude or [],
+        include=include or [],
         precision=precision,
         allow_missing=allow_missing,
         renamed=parse_renamed(rename or []),

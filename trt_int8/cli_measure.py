@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,8 @@ from trt_int8.cli_options import (
     write_json,
 )
 
+ShapesName = Literal["min", "opt", "max", "all"]
+
 
 def bench(
     models: Annotated[
@@ -27,6 +29,17 @@ def bench(
     ],
     data: OptionalData = None,
     batch_size: BatchSize = None,
+    shapes: Annotated[
+        ShapesName | None,
+        typer.Option("--shapes", help="Of dynamic axes: as built for or calibrated (default: as the data are)."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME=MIN,OPT,MAX", help="Those of an input: ids=1x8,8x32,8x128, or one."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help="Shapes of ONNX files: as calibrated.")
+    ] = None,
     preprocessing: PreprocessingOption = None,
     execution: Annotated[ExecutionName | None, typer.Option("--execution", help="For all ONNX files.")] = None,
     threads: ThreadsOption = None,
@@ -42,7 +55,8 @@ def bench(
 ) -> None:
     """Time models side by side, in interleaved rounds."""
     from trt_int8.api import benchmark
-    from trt_int8.console import benchmark_table, console, gpu_state, shared_notes
+    from trt_int8.build_options import parse_shapes
+    from trt_int8.console import benchmark_table, console, gpu_state, shared_notes, verdict_lines
     from trt_int8.model_files import check_result_file
     from trt_int8.progress import track
 
@@ -52,6 +66,9 @@ def bench(
         models,
         data,
         batch_size=batch_size,
+        shapes=shapes,
+        shape_ranges=parse_shapes(shape, one_will_do=True) if shape else None,
+        calibration=calibration,
         preprocessing=read_preprocessing(preprocessing),
         execution=execution,
         threads=threads,
@@ -64,11 +81,16 @@ def bench(
     ).to_json()
     write_json(json_file, result)
     out = console()
-    out.print(benchmark_table(result))
-    state = [line] if (line := gpu_state(result)) else []
-    verdicts = [row["verdict"] for row in result["candidates"][1:]]
-    for line in [*state, *verdicts, *result["warnings"], *result["notes"], *shared_notes(result)]:
-        typer.echo(line)
+    for index, part in enumerate(result["shapes"] or [result]):
+        alike = [other["shape"] for other in result["shapes"] if other["inputs"] == part["inputs"]]
+        if alike and part["shape"] != alike[0]:
+            continue  # timed once, and shown
+        if alike:
+            typer.echo(f"{chr(10) if index else ''}Shapes: {', '.join(alike)}")
+        out.print(benchmark_table(part))
+        state = [line] if (line := gpu_state(part)) else []
+        for line in [*state, *verdict_lines(part), *part["warnings"], *part["notes"], *shared_notes(part)]:
+            typer.echo(line)
 
 
 def compare(

@@ -8,23 +8,30 @@ from typing import Annotated, Literal
 import typer
 
 from trt_int8.cli_options import (
+    AttentionOption,
     BatchSize,
-    CalibrationOption,
     DataOption,
+    ExcludeOption,
     ForceOption,
+    IncludeOption,
     MethodName,
     ModelArgument,
     OptionalData,
     PercentileOption,
     PreprocessingOption,
+    ResidualOption,
     TargetName,
     read_preprocessing,
 )
 
-ResidualName = Literal["int8", "float"]
+ModeName = Literal["static", "dynamic", "weight-only"]
+WeightsName = Literal["per-channel", "per-tensor"]
+ActivationsName = Literal["symmetric", "affine"]
 QuantizedName = Literal["int8", "int8+fp16"]
 TensorsName = Literal["quantized", "all"]
+CalibrateBackend = Literal["auto", "onnxruntime", "cuda", "tensorrt"]
 SearchName = Literal["minmax", "entropy", "percentile", "mse"]
+StatisticsName = Literal["histogram", "minmax"]
 EngineName = Literal["fp32", "tf32", "fp16", "int8", "int8+fp16"]
 CalibratorWord = Literal["entropy2", "minmax", "percentile"]
 CompatibilityName = Literal["none", "ampere_plus", "same_compute_capability"]
@@ -102,8 +109,23 @@ def calibrate(
         float | None,
         typer.Option("--max-memory", metavar="MIB", min=0, help="For activations; more take several passes."),
     ] = None,
+    statistics: Annotated[
+        StatisticsName, typer.Option("--statistics", help="minmax keeps ranges alone: faster, for that method only.")
+    ] = "histogram",
     stop_when_stable: Annotated[
         SearchName | None, typer.Option("--stop-when-stable", help="Stop once this method's scales have settled.")
+    ] = None,
+    backend: Annotated[
+        CalibrateBackend,
+        typer.Option("--backend", help="Runs the model: onnxruntime on the CPU; cuda or tensorrt count on the GPU."),
+    ] = "onnxruntime",
+    padding_mask: Annotated[
+        str | None,
+        typer.Option("--padding-mask", metavar="NAME", help="Mask of (samples, positions): 0 is left out."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", metavar="NAME", help="Real positions of each sample; the rest is left out."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -125,14 +147,18 @@ def calibrate(
         max_batches=max_batches,
         preprocessing=read_preprocessing(preprocessing),
         threads=threads,
+        statistics=statistics,
         stop_when_stable=stop_when_stable,
         max_memory_bytes=None if max_memory is None else int(max_memory * 2**20),
+        backend=backend,
+        padding_mask=padding_mask,
+        lengths=lengths,
         ray=ray,
     )
     result = calibrate_into(
         output,
         job,
-        method=stop_when_stable or "entropy",
+        method=stop_when_stable or ("minmax" if statistics == "minmax" else "entropy"),
         checkpoint_every=checkpoint_every,
         resume=resume,
         force=force,
@@ -150,21 +176,37 @@ def calibrate(
 
 def quantize(
     model: ModelArgument,
-    calibration: CalibrationOption,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help="calibration.npz; needed in the mode static.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="File to write.")] = Path("model.int8.onnx"),
+    mode: Annotated[
+        ModeName, typer.Option("--mode", help="Scales of activations: calibrated, found at every run, or none.")
+    ] = "static",
     method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
     percentile: PercentileOption = 99.99,
     target: Annotated[TargetName, typer.Option("--target", help="Whose kernels.")] = "tensorrt",
     precision: Annotated[
         QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16.")
     ] = "int8",
-    residual: Annotated[ResidualName, typer.Option("--residual", help="Skip input of residual Adds.")] = "int8",
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")] = None,
+    weights: Annotated[WeightsName, typer.Option("--weights", help="Scales of a weight.")] = "per-channel",
+    activations: Annotated[
+        ActivationsName, typer.Option("--activations", help="Codes of activations; affine for --target cpu alone.")
+    ] = "symmetric",
+    residual: ResidualOption = "int8",
+    attention: AttentionOption = "float",
+    smooth: Annotated[
+        float | None,
+        typer.Option("--smooth", metavar="ALPHA", min=0, max=1, help="Even out normalized activations; with --data."),
+    ] = None,
+    exclude: ExcludeOption = None,
+    include: IncludeOption = None,
     data: OptionalData = None,
     preprocessing: PreprocessingOption = None,
     force: ForceOption = False,
+    explain: Annotated[bool, typer.Option("--explain", help="List every node and every Q/DQ pair: why.")] = False,
 ) -> None:
-    """Write an INT8 model with Q/DQ nodes from a calibration."""
+    """Write an INT8 model: with Q/DQ nodes from a calibration, or in another mode."""
     from calibrators.calibration import Calibration
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
@@ -173,27 +215,40 @@ def quantize(
     check_output(output, model, calibration, data)
     result = stage(
         model,
-        Calibration.load(calibration),
+        None if calibration is None else Calibration.load(calibration),
         output=output,
+        mode=mode,
         method=method,
         percentile=percentile,
         target=target,
         precision=precision,
+        weights=weights,
+        activations=activations,
         residual=residual,
+        attention=attention,
+        smooth=smooth,
         exclude=exclude or [],
+        include=include or [],
         data=data,
         preprocessing=read_preprocessing(preprocessing),
         force=force,
         track=track,
     )
     decisions = result.placement.decisions
+    how = f"method {result.method}" if result.mode == "static" else f"mode {result.mode}"
+    what = "weights stored as INT8" if result.mode == "weight-only" else "weighted nodes in INT8"
     typer.echo(
-        f"{result.path}: {len(decisions) - len(result.held_back)} of {len(decisions)} weighted nodes in INT8, "
-        f"{len(result.scales)} Q/DQ pairs on activations, target {result.target}, precision {result.precision}, "
-        f"method {result.method}"
+        f"{result.path}: {len(decisions) - len(result.held_back)} of {len(decisions)} {what}, "
+        f"{len(result.scales)} Q/DQ pairs on activations, target {result.target}, precision {result.precision}, {how}"
     )
-    for decision in result.held_back:
-        typer.echo(f"float: {decision.node} ({decision.op_type}): {decision.reason}")
+    if explain:
+        from trt_int8.console import console
+        from trt_int8.explanation import explanation_tables
+
+        console().print(*explanation_tables(result.placement, result.scales), sep="\n")
+    else:
+        for decision in result.held_back:
+            typer.echo(f"float: {decision.node} ({decision.op_type}): {decision.reason}")
     for node in result.held:
         typer.echo(f"fp32: {node.node} ({node.op_type}): {node.reason}")
     for line in [*result.notes, *(result.auto.reasons if result.auto is not None else ())]:
@@ -214,8 +269,10 @@ def build(
     ] = None,
     method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
     percentile: PercentileOption = 99.99,
-    residual: Annotated[ResidualName, typer.Option("--residual", help="Skip input of residual Adds.")] = "int8",
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")] = None,
+    residual: ResidualOption = "int8",
+    attention: AttentionOption = "float",
+    exclude: ExcludeOption = None,
+    include: IncludeOption = None,
     force: ForceOption = False,
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="MIN,OPT,MAX", help="Batches it takes (default: as calibrated).")
@@ -282,7 +339,9 @@ def build(
         method=method,
         percentile=percentile,
         residual=residual,
+        attention=attention,
         exclude=exclude or [],
+        include=include or [],
         force=force,
         shapes=parse_shapes(shape or []),
         batch=None if batch is None else parse_batch(batch),

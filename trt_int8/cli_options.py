@@ -30,10 +30,19 @@ PreprocessingOption = Annotated[
     Path | None,
     typer.Option("--preprocessing", metavar="YAML", help="Preprocessing of an image folder (see examples/)."),
 ]
-CalibrationOption = Annotated[Path, typer.Option("--calibration", metavar="FILE", help="calibration.npz")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside an operator.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 PercentileOption = Annotated[float, typer.Option("--percentile", help="Of --method percentile.")]
+ResidualOption = Annotated[Literal["int8", "float"], typer.Option("--residual", help="Skip input of residual Adds.")]
+AttentionOption = Annotated[
+    Literal["float", "int8"],
+    typer.Option("--attention", help="Products of queries, keys and values (TensorRT alone)."),
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", metavar="REGEX", help="Nodes left float.")]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="REGEX", help="Nodes in INT8 against a rule of speed or accuracy."),
+]
 TrustOption = Annotated[bool, typer.Option("--trust", help="Load engines that no sidecar vouches for.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use a calibration of another graph or other weights.")]
 

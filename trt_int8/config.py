@@ -24,6 +24,9 @@ from trt_int8.settings import Number, PositiveInt, Section, validated
 from trt_int8.yaml_files import read_mapping, set_key
 
 Method = Literal["minmax", "entropy", "percentile", "mse", "auto"]
+Search = Literal["minmax", "entropy", "percentile", "mse"]
+"""The methods that find a scale from a histogram alone."""
+
 DType = Literal["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"]
 Axis = Annotated[int, Field(ge=0)]
 
@@ -130,6 +133,21 @@ class DataConfig(Section):
         default=1000, description="calibrate on no more batches than this; null for all"
     )
 
+    padding_mask: str | None = Field(
+        default=None,
+        description="mask (samples, positions) of the calibration data, an input or beside them: what is 0 is left out "
+        "of the statistics",
+    )
+    lengths: str | None = Field(
+        default=None, description="the same, told by the number of real positions of each sample, which come first"
+    )
+
+    @model_validator(mode="after")
+    def _check_padding(self) -> Self:
+        if self.padding_mask is not None and self.lengths is not None:
+            raise ValueError("padding_mask and lengths are both given, expected one of them")
+        return self
+
     def preprocessing_for(self, data: str) -> Preprocessing | None:
         """Return the preprocessing where `data` is a folder of images, else None."""
         return self.preprocessing if is_image_folder(data) else None
@@ -140,6 +158,24 @@ class CalibrateConfig(Section):
 
     tensors: Literal["quantized", "all"] = Field(
         default="quantized", description="quantized, or all: what TensorRT's implicit quantization needs"
+    )
+    backend: Literal["auto", "onnxruntime", "cuda", "tensorrt"] = Field(
+        default="onnxruntime",
+        description="what runs the model: onnxruntime on the processor; cuda (ONNX Runtime's provider) or tensorrt (an "
+        "FP32 engine) on the GPU, which counts as well; auto takes a GPU where there is one",
+    )
+    threads: PositiveInt | None = Field(
+        default=None,
+        description="batches run at a time, each by one thread; null takes benchmark.threads, or all cores",
+    )
+    max_memory_mib: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="for activations; what takes more is split over several passes; null takes one pass"
+    )
+    stop_when_stable: Search | None = Field(
+        default=None, description="end once the scales of this method (minmax, entropy, percentile, mse) have settled"
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        default=None, description="batches after which the state is kept for --resume; null keeps it once a minute"
     )
 
 
@@ -157,7 +193,31 @@ class QuantizeConfig(Section):
         default="int8",
         description="skip connections in int8, as TensorRT fuses them, or in float: slower, more accurate",
     )
+    attention: Literal["float", "int8"] = Field(
+        default="float", description="products of queries, keys and values; int8 for target tensorrt alone"
+    )
+    smooth: Number | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the difficulty of normalized activations that goes into the weights behind them "
+        "(SmoothQuant's alpha, 0.5 to 0.8 for transformers); null leaves the model as it is",
+    )
     exclude: tuple[str, ...] = Field(default=(), description="regular expressions: nodes that stay in float")
+    include: tuple[str, ...] = Field(
+        default=(), description="regular expressions: nodes in int8 even against a rule about speed or accuracy"
+    )
+    modes: tuple[Literal["static", "dynamic", "weight-only"], ...] = Field(
+        default=("static",),
+        description="static: scales from the calibration; more INT8 models to compare with: dynamic (scales found at "
+        "every run, on ONNX Runtime alone), weight-only (INT8 weights, float arithmetic)",
+    )
+    weights: Literal["per-channel", "per-tensor"] = Field(
+        default="per-channel", description="one scale for each output channel of a weight, or one for all of it"
+    )
+    activations: Literal["symmetric", "affine"] = Field(
+        default="symmetric", description="codes of activations for target cpu; TensorRT's are symmetric"
+    )
     targets: tuple[Literal["tensorrt", "cpu"], ...] = Field(
         default=("tensorrt", "cpu"), min_length=1, description="where the INT8 models run: a file for each"
     )
@@ -168,16 +228,25 @@ class QuantizeConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, chosen in (("methods", self.methods), ("targets", self.targets)):
+        for name, chosen in (("methods", self.methods), ("targets", self.targets), ("modes", self.modes)):
             if len(set(chosen)) < len(chosen):
                 raise ValueError(f"{name} is {list(chosen)}, expected each only once")
         if self.method not in self.methods:
             raise ValueError(f"method is {self.method!r}, expected one of methods: {', '.join(self.methods)}")
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"exclude holds {pattern!r}, which is no regular expression: {error}") from error
+        if "static" not in self.modes:
+            raise ValueError(
+                f"modes is {list(self.modes)}, expected static among them: the others are compared with it"
+            )
+        if self.activations == "affine" and "cpu" not in self.targets:
+            raise ValueError("activations is 'affine', expected cpu among targets: TensorRT's codes are symmetric")
+        if self.attention == "int8" and "tensorrt" not in self.targets:
+            raise ValueError("attention is 'int8', expected tensorrt among targets: it stays float on the CPU")
+        for name, patterns in (("exclude", self.exclude), ("include", self.include)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} holds {pattern!r}, which is no regular expression: {error}") from error
         return self
 
 
@@ -189,6 +258,11 @@ class BenchmarkConfig(Section):
     warmup_s: Number = Field(default=0.2, gt=0, description="seconds of untimed inference before, for each model")
     threads: PositiveInt | None = Field(
         default=None, description="threads inside an operator; null is ONNX Runtime's default, one per physical core"
+    )
+    shapes: Literal["min", "opt", "max", "all"] | None = Field(
+        default=None,
+        description="of models with dynamic axes: times the smallest, usual or largest shapes that engines were built "
+        "for, or calibration saw, beside those of the data; null times the data's alone",
     )
 
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trt_int8.timing import NO_VERDICT
+
 ABSENT = "-"
 
 LEAST_NAME = 16
@@ -79,6 +81,19 @@ def gpu_state(result: Mapping[str, Any]) -> str:
         if (found := span(key))
     ]
     return f"GPU during the runs: {', '.join(parts)}" if parts else ""
+
+
+def verdict_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the verdicts of a benchmark; where one reason stands in the way of several, one line for all of them."""
+    lines: list[str] = []
+    without: dict[str, list[str]] = {}
+    for row in result["candidates"][1:]:
+        _, none, why = row["verdict"].partition(NO_VERDICT)
+        if none:
+            without.setdefault(why, []).append(row["name"])
+        else:
+            lines.append(row["verdict"])
+    return lines + [f"{', '.join(names)}{NO_VERDICT}{why}" for why, names in without.items()]
 
 
 def shared_notes(result: Mapping[str, Any]) -> Iterator[str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from calibrators.errors import CalibrationError
 from calibrators.protocols import Array
+from engines.padding import Padding, real_positions, sequence_axis
 from engines.runner import TensorSpec
 from trt_int8 import loaders, tables
 from trt_int8.entry_points import split_entry_point
@@ -73,11 +74,16 @@ class BatchSource:
         batch_size: samples per batch but for the last, None where the data decide.
         rewindable: whether it can be iterated more than once; a generator cannot.
         preprocessing: what is done to the files' contents, as text for a fingerprint; empty where nothing is.
-        waited_s: seconds that whoever iterates has waited for batches, over all passes.
     """
 
     def __init__(
-        self, stream: BatchStream, inputs: Sequence[TensorSpec], *, data_id: str | None, label: str | None
+        self,
+        stream: BatchStream,
+        inputs: Sequence[TensorSpec],
+        *,
+        data_id: str | None,
+        label: str | None,
+        padding: Padding | None = None,
     ) -> None:
         self.description = stream.description
         self.inputs = tuple(inputs)
@@ -85,10 +91,11 @@ class BatchSource:
         self.batch_size = stream.batch_size
         self.rewindable = stream.rewindable
         self.preprocessing = stream.preprocessing
-        self.waited_s = 0.0
         self._stream = stream
         self._data_id = data_id
         self._label = label
+        self._padding = padding
+        self._sequence = None if padding is None else sequence_axis(inputs, padding)
         self._data_hash: str | None = None
         self._rolling_hash: str | None = None
         self._started = False
@@ -142,12 +149,7 @@ class BatchSource:
         checked = self._checked()
         rolling_hash = ""
         with closing(one_ahead(checked) if self._stream.threadable else checked) as batches:
-            while True:
-                started = time.perf_counter()
-                batch = next(batches, None)
-                self.waited_s += time.perf_counter() - started
-                if batch is None:
-                    break
+            for batch in batches:
                 yield batch
                 rolling_hash = batch.rolling_hash
         self._finish(rolling_hash)
@@ -168,7 +170,7 @@ class BatchSource:
             feeds = conform(raw.arrays, self.inputs, where=raw.where, first_sample=first_sample)
             self._check_label(feeds, raw.where)
             self._note_extras(feeds)
-            _update(rolling, feeds.inputs)
+            _update(rolling, {**self._padding_array(feeds, raw.where), **feeds.inputs})
             batch = DataBatch(index, feeds.samples, feeds.inputs, feeds.extras, rolling.hexdigest())
             if fixed is not None and feeds.samples < fixed:
                 if index == 0:
@@ -198,11 +200,30 @@ class BatchSource:
             f"Cannot use {where}: no labels {self._label!r} with one row per sample; arrays beside the inputs: {found}."
         )
 
+    def _padding_array(self, feeds: Feeds, where: str) -> dict[str, Array]:
+        """Check the array that tells padding, and return it; nothing where none does."""
+        if self._padding is None or self._sequence is None:
+            return {}
+        arrays = {**feeds.extras, **feeds.inputs}
+        if self._padding.array not in arrays:
+            raise DataError(
+                f"Cannot use {where}: no {self._padding} with one row per sample, which tells what is padding; found "
+                f"{', '.join(arrays)}."
+            )
+        name, axis = self._sequence
+        found = arrays[self._padding.array]
+        try:
+            real_positions(self._padding, found, feeds.inputs[name].shape[axis], where)
+        except CalibrationError as error:
+            raise DataError(str(error)) from error
+        return {self._padding.array: found}
+
     def _note_extras(self, feeds: Feeds) -> None:
         if self._noted:
             return
         self._noted = True
-        names = ", ".join(name for name in (*feeds.extras, *feeds.left_out) if name != self._label)
+        used = (self._label, None if self._padding is None else self._padding.array)
+        names = ", ".join(name for name in (*feeds.extras, *feeds.left_out) if name not in used)
         if names:
             _log.info("%s: not fed to the model, which has no such input: %s", self.description, names)
 
@@ -216,6 +237,7 @@ def open_data(
     preprocessing: Preprocessing | None = None,
     data_id: str | None = None,
     label: str | None = None,
+    padding: Padding | None = None,
 ) -> BatchSource:
     """Open data as batches for a model with these inputs.
 
@@ -233,10 +255,12 @@ def open_data(
         data_id: identity of data that come from code, see `BatchSource.data_hash`.
         label: the array that holds the labels. Labels without a name of their own (class folders, the last element of a
             tuple) get this one, or `label` where None. Where given, a batch without it is an error.
+        padding: the array that tells padding, which every batch must have; it belongs to what is hashed.
 
     Raises:
         ConfigError: an option does not go with this kind of data; UsageError where it is the batch size.
         DataError: the data cannot be used. Files and arrays are checked up to their first batch here.
+        ModelError: no input of the model has an axis of positions.
         FileAccessError: there is no such file.
     """
     for name, value in (("batch size", batch_size), ("number of batches", max_batches)):
@@ -262,12 +286,28 @@ def open_data(
         )
     if batch_size not in (None, stream.batch_size):
         _log.info("the model fixes its batch: batches of %s instead of %s", stream.batch_size, batch_size)
-    source = BatchSource(stream, inputs, data_id=data_id, label=label)
+    source = BatchSource(stream, inputs, data_id=data_id, label=label, padding=padding)
     if stream.hash_files is not None or stream.batch_size is not None:
         # Files and arrays cost nothing to read again, and what does not fit is best said before a long step. The user's
         # own code is not run for a look.
         next(iter(source))
     return source
+
+
+def padding_from(mask: str | None, lengths: str | None) -> Padding | None:
+    """Return the array that tells padding; None where none does.
+
+    Raises:
+        UsageError: two do.
+    """
+    if mask is not None and lengths is not None:
+        raise UsageError(
+            f"Padding is told by a mask ({mask!r}) and by lengths ({lengths!r}); expected one of them. Leave out "
+            "--padding-mask or --lengths."
+        )
+    if mask is not None:
+        return Padding(mask, "mask")
+    return None if lengths is None else Padding(lengths, "lengths")
 
 
 def _open(spec: DataSpec, options: DataOptions) -> BatchStream:

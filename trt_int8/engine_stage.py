@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from calibrators.calibration import Calibration
+from calibrators.calibration import Calibration, InputShapes
 from calibrators.protocols import Track, untracked
 from engines.device import open_device
 from engines.onnxrt import load_header, tensor_specs
-from engines.profiles import ShapeRange, batch_profile, check_profiles, seen_profile
+from engines.profiles import (
+    ShapeRange,
+    batch_axes,
+    batch_profile,
+    check_profiles,
+    dynamic_inputs,
+    seen_profile,
+    seen_range,
+)
 from engines.runner import TensorSpec
 from trt_int8.building import build_engine
 from trt_int8.config import RunConfig
@@ -29,6 +38,7 @@ def build_engines(
     calibration: Calibration,
     folder: Path,
     *,
+    judged_shapes: InputShapes = MappingProxyType({}),
     track: Track = untracked,
 ) -> list[dict[str, Any]]:
     """Build every engine of a run.
@@ -38,6 +48,7 @@ def build_engines(
         engines: the engines; their ONNX models lie in `folder`.
         calibration: tells the shapes that engines are built for where the configuration does not.
         folder: the run's folder.
+        judged_shapes: see `planned_shapes`.
         track: shows the progress.
 
     Returns:
@@ -48,7 +59,7 @@ def build_engines(
     """
     options = config.build
     inputs, _ = tensor_specs(load_header(folder / MODEL))
-    shapes = planned_shapes(config, calibration, inputs)
+    shapes = planned_shapes(config, calibration, inputs, judged_shapes)
     built = []
     with open_device() as device:
         for engine in engines:
@@ -125,8 +136,24 @@ def check_shapes(config: RunConfig, inputs: Sequence[TensorSpec]) -> None:
                 )
 
 
+def check_timed_shapes(config: RunConfig, inputs: Sequence[TensorSpec]) -> None:
+    """Check that a model has several shapes to be timed at, before anything slow is done.
+
+    Raises:
+        ConfigError: all of its shapes are fixed.
+    """
+    if not dynamic_inputs(inputs):
+        raise ConfigError(
+            f"Cannot run with benchmark.shapes = {config.benchmark.shapes}: all shapes of the model are fixed "
+            f"({'; '.join(map(str, inputs))}). Leave it out, or export the model with dynamic axes."
+        )
+
+
 def planned_shapes(
-    config: RunConfig, calibration: Calibration, inputs: Sequence[TensorSpec]
+    config: RunConfig,
+    calibration: Calibration,
+    inputs: Sequence[TensorSpec],
+    judged_shapes: InputShapes = MappingProxyType({}),
 ) -> dict[str, ShapeRange] | None:
     """Return the shapes that the engines of a run are built for; None where the configuration names batch sizes.
 
@@ -137,16 +164,35 @@ def planned_shapes(
         config: the configuration.
         calibration: knows the shapes that were fed.
         inputs: the model's inputs.
+        judged_shapes: model input to the shapes that accuracy is judged on, where more than the batch is free.
+
+    Raises:
+        ConfigError: accuracy is judged on shapes outside of those in the configuration.
     """
     if config.build.batch is not None:
         return None
     if config.build.ranges is not None:
+        for name, bounds in config.build.ranges.items():
+            outside = [shape for shape in judged_shapes.get(name, ()) if shape not in bounds]
+            if outside:
+                raise ConfigError(
+                    f"Cannot judge engines on input {name!r} of shape {outside[0]}: build.shapes builds them for "
+                    f"{bounds}. Widen them, or leave build.shapes out: the data tell the shapes then."
+                )
         return config.build.ranges
     profile = seen_profile(inputs, calibration.input_shapes)
+    for name, shapes in judged_shapes.items():
+        if name in profile:
+            found, bounds = seen_range(shapes), profile[name]
+            profile[name] = replace(
+                bounds,
+                minimum=tuple(map(min, bounds.minimum, found.minimum)),
+                maximum=tuple(map(max, bounds.maximum, found.maximum)),
+            )
     judged = config.accuracy.batch_size or 1
     for spec in inputs:
-        if spec.name in profile and spec.shape and spec.fixed_batch is None:
-            bounds = profile[spec.name]
-            largest = (max(bounds.maximum[0], judged), *bounds.maximum[1:])
-            profile[spec.name] = replace(bounds, maximum=largest)
+        if spec.name in profile:
+            bounds, batch = profile[spec.name], batch_axes(spec, inputs)
+            largest = (max(length, judged) if axis in batch else length for axis, length in enumerate(bounds.maximum))
+            profile[spec.name] = replace(bounds, maximum=tuple(largest))
     return profile

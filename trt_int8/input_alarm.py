@@ -1,8 +1,8 @@
 """Whether a model is measured on inputs that look like those it was calibrated on.
 
-A forgotten division by 255, another normalisation, BGR for RGB: nothing fails, and every figure is wrong. So a
-quantized model carries mean, deviation and range of its calibration inputs in its metadata, and what measures it
-compares.
+A forgotten division by 255, another normalisation, BGR for RGB: nothing fails, and every figure is wrong. So a model
+that was made with a calibration carries mean, deviation and range of its inputs in its metadata, an engine in its
+sidecar, and what measures them compares. One model that tells serves all that are fed the same data.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import onnx
+
 from calibrators.input_statistics import Inputs, InputStatistics, merge_inputs, statistics_of_feeds
 from calibrators.protocols import Array
 from engines.runner import Runner
@@ -22,7 +24,7 @@ from trt_int8.data import DataBatch
 _log = logging.getLogger(__name__)
 
 INPUTS_KEY = "trt_int8.input_statistics"
-"""Metadata key of quantized models: what was fed in calibration, as JSON."""
+"""Metadata key of models that were made with a calibration: what was fed in it, as JSON."""
 
 GROSS_RATIO = 3.0
 """Deviations further apart than this factor are no matter of the choice of samples."""
@@ -74,6 +76,14 @@ def summary_text(inputs: Inputs) -> str:
     return json.dumps(
         {name: _rounded(asdict(summarize_input(statistics))) for name, statistics in inputs.items()}, sort_keys=True
     )
+
+
+def note_inputs(model: onnx.ModelProto, inputs: Inputs) -> None:
+    """Write into a model's metadata, in place, what it was fed in calibration; nothing where that is not known."""
+    if not inputs:
+        return
+    entries = {entry.key: entry.value for entry in model.metadata_props} | {INPUTS_KEY: summary_text(inputs)}
+    onnx.helper.set_model_props(model, entries)
 
 
 def read_summary(metadata: Mapping[str, str]) -> dict[str, InputSummary]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from engines.size import measure_sizes
 from trt_int8 import accuracy as accuracy_stage
 from trt_int8.backends import BackendChoice, choose_backend
 from trt_int8.benchmarking import BENCHMARK_BATCHES, time_side_by_side
-from trt_int8.calibration import calibrate
+from trt_int8.calibrate_stage import calibrate_into
+from trt_int8.calibration_job import CalibrationJob
+from trt_int8.checkpoint import Checkpoint, checkpoint_beside
 from trt_int8.config import RunConfig, load_config
-from trt_int8.engine_stage import build_engines, check_shapes, inspect_engines
+from trt_int8.engine_stage import build_engines, check_shapes, check_timed_shapes, inspect_engines
 from trt_int8.entry_points import source_file
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
@@ -35,6 +38,7 @@ from trt_int8.run_data import RunData, Use
 from trt_int8.run_folder import RunFolder, write_json
 from trt_int8.run_plan import MODEL, RunPlan
 from trt_int8.runners import AnyRunner, open_runner
+from trt_int8.shaped_benchmark import timed_beside
 
 CALIBRATION = "calibration.npz"
 CACHE = "calibration.cache"
@@ -112,7 +116,7 @@ class Pipeline:
         calibration = self._calibrate(run, model)
         self._quantize(run, model, calibration)
         self._build(run, calibration)
-        self._benchmark(run)
+        self._benchmark(run, calibration)
         self._compare(run)
         self._measure_sizes(run)
         self._announce("report")
@@ -144,14 +148,18 @@ class Pipeline:
     def _calibrate(self, run: RunFolder, model: str) -> Calibration:
         self._announce("calibrate")
         data, config = self.config.data, self.config.calibrate
-        key = {
-            "model": model,
-            "data": data.model_dump(mode="json"),
-            "calibrate": config.model_dump(mode="json"),
-        }
+        key = self._data.identified(
+            {
+                "model": model,
+                "data": data.model_dump(mode="json"),
+                "calibrate": config.model_dump(mode="json", include={"tensors", "stop_when_stable", "backend"}),
+            },
+            "calibration",
+        )
 
         def collect() -> Calibration:
-            calibration = calibrate(
+            memory = config.max_memory_mib
+            job = CalibrationJob(
                 run.file(MODEL),
                 data.calibration,
                 tensors=config.tensors,
@@ -159,15 +167,33 @@ class Pipeline:
                 max_batches=data.max_batches,
                 preprocessing=data.preprocessing_for(data.calibration),
                 data_id=data.data_id,
-                threads=self.config.benchmark.threads,
+                threads=config.threads or self.config.benchmark.threads,
+                stop_when_stable=config.stop_when_stable,
+                max_memory_bytes=None if memory is None else int(memory * 2**20),
+                backend=config.backend,
+                padding_mask=data.padding_mask,
+                lengths=data.lengths,
+            )
+            output = run.file(CALIBRATION)
+            interrupted = run.begin("calibrate", key)
+            if not interrupted:
+                Checkpoint(checkpoint_beside(output)).remove()  # of other data, or of another model
+            made = calibrate_into(
+                output,
+                job,
+                method=config.stop_when_stable or self.config.quantize.method,
+                checkpoint_every=config.checkpoint_every,
+                resume=interrupted,
+                force=True,  # a file there that fits would have been kept by its key
                 track=self._track,
             )
-            calibration.save(run.file(CALIBRATION))
-            return calibration
+            for note in made.notes:
+                self._announce(note)
+            return made.calibration
 
         return run.stage(
             "calibrate",
-            self._data.identified(key, "calibration"),
+            key,
             [CALIBRATION],
             collect,
             lambda: Calibration.load(run.file(CALIBRATION)),
@@ -205,7 +231,9 @@ class Pipeline:
             run.drop("build")
             return
         self._announce("build")
+        shapes = self._data.judged_shapes(OnnxRuntimeRunner(run.file(MODEL), name=MODEL).inputs)
         key = {
+            "judged_shapes": {name: sorted(map(list, fed)) for name, fed in shapes.items()},
             "models": self._hashes(run, self.plan.onnx_files),
             "calibration": sha256_of_file(run.file(CALIBRATION)),
             "config": self.config.model_dump(mode="json", include={"build", "data", "accuracy"}),
@@ -213,27 +241,35 @@ class Pipeline:
         }
 
         def build() -> None:
-            built = build_engines(self.config, self.plan.engines, calibration, run.path, track=self._track)
+            built = build_engines(
+                self.config, self.plan.engines, calibration, run.path, judged_shapes=shapes, track=self._track
+            )
             write_json(run.file("engines.json"), {"engines": built})
             write_json(run.file("layers.json"), {"engines": inspect_engines(self.plan.engines, run.path)})
 
         run.stage("build", key, ["engines.json", "layers.json", *self.plan.engine_files], build, lambda: None)
 
-    def _benchmark(self, run: RunFolder) -> None:
+    def _benchmark(self, run: RunFolder, calibration: Calibration) -> None:
         self._announce("benchmark")
         config = self.config.benchmark
 
         def time() -> None:
             runners = self._runners(run, timed=True)
             source = self._data.open_evaluation(runners[0].inputs, batch_size=self.config.data.batch_size)
-            result = time_side_by_side(
+            feeds = [batch.feeds for batch in islice(source, BENCHMARK_BATCHES)]
+
+            timed = partial(
+                time_side_by_side,
                 runners,
-                [batch.feeds for batch in islice(source, BENCHMARK_BATCHES)],
                 rounds=config.rounds,
                 budget_s=config.budget_s,
                 warmup_s=config.warmup_s,
                 track=self._track,
             )
+            result = timed(feeds)
+            if config.shapes is not None:
+                seen = calibration.input_shapes
+                result = timed_beside(result, timed, runners, config.shapes, sample=feeds[0], seen=seen)
             write_json(run.file("benchmark.json"), result.to_json())
 
         run.stage("benchmark", self._measured(run), ["benchmark.json"], time, lambda: None)
@@ -304,6 +340,8 @@ class Pipeline:
         model = OnnxRuntimeRunner(run.file(MODEL), name=MODEL)
         if self.plan.engines:
             check_shapes(self.config, model.inputs)
+        if self.config.benchmark.shapes is not None:
+            check_timed_shapes(self.config, model.inputs)
         unknown = self._data.check(model)
         if self._resume and unknown:
             self._announce(

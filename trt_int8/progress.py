@@ -1,4 +1,4 @@
-"""Progress bars on stderr, quiet when nobody watches; and how much of the time a stage waits for its data."""
+"""Progress bars on stderr, quiet when nobody watches; and how much of the time a model waits for its data."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
 @dataclass(slots=True)
 class Timed(Generic[Item]):
-    """Items of a stage that reads data, and how long it has waited for them.
+    """Items of a stage that runs a model over data, and how long that has waited for them.
 
     Attributes:
         items: what is iterated.
-        waited_s: tells how many seconds the stage has waited for data so far.
+        waited_s: tells how many seconds the model has waited for data so far; of several runs at a time, each on
+            average.
     """
 
     items: Iterable[Item]
@@ -99,7 +100,7 @@ def time_data(shown: Track, waited_s: Callable[[], float]) -> Track:
 
     Args:
         shown: shows the progress.
-        waited_s: as in `Timed`; `trt_int8.data.BatchSource.waited_s`, usually.
+        waited_s: as in `Timed`.
     """
 
     def tracked(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:

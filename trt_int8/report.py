@@ -18,12 +18,14 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
-from calibrators.calibration import DEFAULT_PERCENTILE, METHODS, Calibration
+from calibrators import convergence
+from calibrators.calibration import DEFAULT_METHOD, DEFAULT_PERCENTILE, METHODS, Calibration
 from calibrators.files import write_text
 from calibrators.protocols import Track, untracked
 from engines.device import SIMULATED
 from trt_int8 import plots
 from trt_int8.errors import ConfigError
+from trt_int8.plot_convergence import DRAWN_TENSORS, convergence_figure
 from trt_int8.plot_histogram import histogram_figure
 from trt_int8.plot_svg import PALETTE
 from trt_int8.report_models import Json, ModelRow, Size, model_rows
@@ -113,6 +115,7 @@ def render_report(folder: Path, *, track: Track = untracked) -> Path:
             configured_method=method,
             fingerprint=None if calibration is None else calibration.fingerprint,
             tensors=tensors,
+            convergence=None if calibration is None else _convergence(calibration, method),
             cards=[] if calibration is None else _cards(calibration, tensors, percentile, track),
             open_cards=OPEN_TENSORS,
             method_labels=_method_labels(percentile),
@@ -197,6 +200,41 @@ def _cards(calibration: Calibration, rows: Sequence[TensorRow], percentile: floa
     return cards
 
 
+@dataclass(frozen=True, slots=True)
+class ConvergenceView:
+    """Whether the scales have settled.
+
+    Attributes:
+        verdict: of the method that is shown.
+        figure: how the scales moved; None where there is but one point.
+        left_out: number of tensors whose curves are not drawn.
+    """
+
+    verdict: convergence.Convergence
+    figure: Markup | None
+    left_out: int
+
+
+def _convergence(calibration: Calibration, delivered: str | None) -> ConvergenceView | None:
+    """Return what is known of the scales' history; None where it was not kept."""
+    history = calibration.convergence
+    if not history:
+        return None
+    shown = delivered if delivered is not None and delivered in history else DEFAULT_METHOD
+    verdicts = {method: found for method in history if (found := convergence.judge(history, method)) is not None}
+    if verdicts[shown].since is None:
+        return ConvergenceView(verdicts[shown], None, 0)
+    figure = convergence_figure(
+        history,
+        shown,
+        # The history is that of the default percentile, whatever percentile the models were made with.
+        _method_labels(DEFAULT_PERCENTILE),
+        f"How the scales moved over {verdicts[shown].batches} batches: " + "; ".join(map(str, verdicts.values())),
+        "convergence",
+    )
+    return ConvergenceView(verdicts[shown], Markup(figure), max(0, len(calibration.tensors) - DRAWN_TENSORS))
+
+
 def _figures(rows: Sequence[ModelRow], groups: Sequence[SizeGroup]) -> dict[str, Markup]:
     """Draw the figures about the models that the results allow, by section."""
     figures: dict[str, str] = {}
@@ -252,7 +290,8 @@ def _size_groups(rows: Sequence[ModelRow]) -> list[SizeGroup]:
     for row in rows:
         if row.size is None:
             continue
-        label = f"{row.precision.upper()}, {row.target} target" if row.is_int8 else row.name
+        shared = row.is_int8 and row.method in METHODS  # models of another mode are stored otherwise
+        label = f"{row.precision.upper()}, {row.target} target" if shared else row.name
         before = groups.get(label)
         if before is None:
             rest = max(0, row.size.file_bytes - sum(row.size.weight_bytes.values()))

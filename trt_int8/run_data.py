@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from calibrators.calibration import InputShapes
 from engines.onnxrt import OnnxRuntimeRunner
+from engines.padding import Padding
+from engines.profiles import batch_axes, free_axes
 from engines.runner import TensorSpec
 from trt_int8.accuracy import check_classifies
 from trt_int8.auto import MAX_SAMPLES
 from trt_int8.config import RunConfig
-from trt_int8.data import BatchSource, open_data
+from trt_int8.data import BatchSource, open_data, padding_from
 
 Use = Literal["calibration", "held_back", "evaluation"]
 
@@ -47,6 +51,24 @@ class RunData:
             label=self._config.data.labels,
         )
 
+    def judged_shapes(self, inputs: Sequence[TensorSpec]) -> InputShapes:
+        """Read which shapes the models will be judged on, where the model has free axes beside the batch.
+
+        Args:
+            inputs: the model's inputs.
+
+        Returns:
+            Model input to its shapes, each with its number of batches; nothing where only the batch is free.
+        """
+        if all(set(free_axes(spec)) <= batch_axes(spec, inputs) for spec in inputs):
+            return {}
+        data, accuracy = self._config.data, self._config.accuracy
+        shapes: dict[str, Counter[tuple[int, ...]]] = {spec.name: Counter() for spec in inputs}
+        for batch in self.open_evaluation(inputs, batch_size=accuracy.batch_size or data.batch_size):
+            for name, value in batch.feeds.items():
+                shapes[name][value.shape] += 1
+        return shapes
+
     def check(self, model: OnnxRuntimeRunner) -> list[str]:
         """Open all the data, before the first slow stage.
 
@@ -64,7 +86,11 @@ class RunData:
             check_classifies(model, data.labels)
         sources: dict[Use, BatchSource] = {
             "calibration": self._open(
-                data.calibration, model.inputs, batch_size=data.batch_size, max_batches=data.max_batches
+                data.calibration,
+                model.inputs,
+                batch_size=data.batch_size,
+                max_batches=data.max_batches,
+                padding=padding_from(data.padding_mask, data.lengths),
             ),
             # `auto` reads so many samples at most, and a batch holds at least one.
             "held_back": self._open(self.held_back, model.inputs, batch_size=None, max_batches=MAX_SAMPLES),
@@ -86,6 +112,7 @@ class RunData:
         batch_size: int | None,
         max_batches: int | None,
         label: str | None = None,
+        padding: Padding | None = None,
     ) -> BatchSource:
         data = self._config.data
         return open_data(
@@ -96,4 +123,5 @@ class RunData:
             preprocessing=data.preprocessing_for(spec),
             data_id=data.data_id,
             label=label,
+            padding=padding,
         )

@@ -68,6 +68,7 @@ class RunFolder:
         # Another version may compute or write otherwise, so none of its stages is kept.
         same_tool = before is not None and before.get("tool") == __version__
         self._before: dict[str, Any] = before["stages"] if before is not None and same_tool else {}
+        begun: dict[str, Any] = before.get("begun", {}) if before is not None and same_tool else {}
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "tool": __version__,
@@ -77,6 +78,7 @@ class RunFolder:
             "machine": dict(machine),
             "backend": dict(backend),
             "stages": {},
+            "begun": begun,
             "files": {},
         }
         if path.is_dir():
@@ -119,6 +121,7 @@ class RunFolder:
             for file in set(done.get("files", ())) - set(files):
                 self.file(file).unlink(missing_ok=True)
         entries = {file: self._entry(file) for file in files if self.file(file).is_file()}
+        self._manifest["begun"].pop(name, None)
         self._manifest["stages"][name] = {
             "key": digest,
             "seconds": round(seconds, 3),
@@ -127,6 +130,24 @@ class RunFolder:
         self._manifest["files"].update(entries)
         self.write()
         return result
+
+    def begin(self, name: str, key: Mapping[str, Any] | None) -> bool:
+        """Note in the manifest that a stage which keeps its own state has begun.
+
+        Args:
+            name: the stage.
+            key: see `stage`.
+
+        Returns:
+            Whether a run before was interrupted in the same stage with the same key, and this one is to go on from the
+            state that it left.
+        """
+        digest = None if key is None else _digest(key)
+        begun = self._manifest["begun"]
+        interrupted = digest is not None and begun.get(name) == digest
+        begun[name] = digest
+        self.write()
+        return self._resume and interrupted
 
     def drop(self, name: str) -> None:
         """Remove what a stage of an earlier run wrote, where this run does not have that stage."""

@@ -9,6 +9,7 @@ from engines.placement import Target
 from engines.trt_types import Precision
 from trt_int8.backends import BackendName
 from trt_int8.config import Method, RunConfig
+from trt_int8.quantize_result import Mode
 
 MODEL = "model.onnx"
 FP16 = "model.fp16.onnx"
@@ -19,21 +20,23 @@ class Variant:
     """One INT8 model of a run.
 
     Attributes:
-        method: calibration method.
+        method: calibration method; the mode static alone has use for it.
         target: whose kernels it is for.
         precision: of its other layers: "int8" leaves them in FP32.
         file: name of its file.
+        mode: when its activations are quantized.
     """
 
     method: Method
     target: Target
     precision: Literal["int8", "int8+fp16"]
     file: str
+    mode: Mode = "static"
 
     @property
     def name(self) -> str:
         """The name in tables."""
-        return f"{self.precision.upper()} {self.method}, {self.target}"
+        return f"{self.precision.upper()} {self.method if self.mode == 'static' else self.mode}, {self.target}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,11 @@ def _variants(config: RunConfig, backend: BackendName) -> tuple[Variant, ...]:
             variants.append(Variant(method, target, "int8", file))
     if quantize.int8_fp16 and "tensorrt" in quantize.targets:
         variants.append(Variant(quantize.method, "tensorrt", "int8+fp16", "model.int8+fp16.onnx"))
+    if "dynamic" in quantize.modes and backend != "tensorrt":  # its kernels are ONNX Runtime's alone
+        variants.append(Variant(quantize.method, "cpu", "int8", "modes/dynamic.onnx", "dynamic"))
+    if "weight-only" in quantize.modes:
+        runs_on: Target = "tensorrt" if backend == "tensorrt" else "cpu"
+        variants.append(Variant(quantize.method, runs_on, "int8", "modes/weight-only.onnx", "weight-only"))
     return tuple(variants)
 
 
@@ -152,7 +160,8 @@ def _engines(config: RunConfig, variants: tuple[Variant, ...]) -> tuple[PlannedE
     for variant in variants:
         if variant.precision not in precisions:
             continue
-        delivered = variant.method == config.quantize.method
-        folder, stem = ("", "model") if delivered else ("methods", variant.method)
+        folder, stem = ("", "model") if variant.method == config.quantize.method else ("methods", variant.method)
+        if variant.mode != "static":
+            folder, stem = "modes", variant.mode
         engines.append(PlannedEngine(variant.name, variant.precision, variant.file, folder, stem))
     return tuple(engines)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
     """Return the tables of a finished run, and lines that say what they show.
 
-    The second table has the weights by data type, of the models at the top of the folder: those of the other methods
-    are stored alike.
+    The second table has the weights by data type. The models of the methods that are not delivered are left out: they
+    are stored like that of the delivered one.
     """
     accuracy, speed, sizes = (_read(folder / name) for name in ("accuracy.json", "benchmark.json", "sizes.json"))
     reference = accuracy["reference_scores"]
@@ -37,6 +37,7 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
     ]
     columns = ("model", "top-1 %", "agrees with FP32 %", "SQNR dB", "median ms", "speed-up", "file", "smaller")
     lines = [row["verdict"] for row in speed["candidates"][1:] if not row["simulated"]] + list(speed["warnings"])
+    lines += accuracy["warnings"]
     if simulated:
         lines.append("TensorRT and the GPU are SIMULATED here: no figure of the engines is a GPU's.")
     elif any(row["simulated"] for row in accuracy["candidates"]):
@@ -45,7 +46,7 @@ def summarize_run(folder: Path) -> tuple[list[Table], list[str]]:
             "Runtime; no GPU was measured."
         )
     title = f"{folder.name}: {reference['samples']} samples"
-    delivered = [item for item in sizes["models"] if "/" not in item["file"]]
+    delivered = [item for item in sizes["models"] if not item["file"].startswith("methods/")]
     tables = [make_table(title, columns, rows)]
     if any(item["weight_bytes"] for item in delivered):  # engines do not tell
         tables.append(size_table(delivered))

@@ -22,6 +22,9 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 """Draws of the bootstrap."""
 
+NO_VERDICT = ": no verdict, "
+"""Stands between two models and the reason why their times are not compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:

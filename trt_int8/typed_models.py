@@ -12,12 +12,15 @@ import onnx
 from calibrators.calibration import Calibration
 from calibrators.protocols import Track
 from engines.graph import prepare, save_model
-from engines.placement import Residual
+from engines.placement_options import PlacementOptions
 from engines.sidecar import Provenance
 from engines.trt_types import Precision, held_types
 from trt_int8.calibration import check_fits
 from trt_int8.config import Method
-from trt_int8.quantization import CALIBRATION_KEY, METHOD_KEY, convert_fp16, method_name, quantize
+from trt_int8.input_alarm import note_inputs
+from trt_int8.placement_options import placement_of
+from trt_int8.quantization import convert_fp16, method_name, quantize
+from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY
 
 _LISTED = 3
 """Nodes that a note names before it only counts them."""
@@ -30,8 +33,7 @@ class Scales:
     calibration: Calibration | None
     method: Method
     percentile: float
-    residual: Residual
-    exclude: Sequence[str]
+    placement: PlacementOptions
     force: bool
 
 
@@ -53,12 +55,14 @@ def write_typed(
 
     Raises:
         CalibrationError: the calibration belongs to another model, or lacks a scale.
-        ModelError: an expression of `exclude` matches nothing.
+        ModelError: an expression of `exclude` or `include` matches nothing.
     """
     if scales.calibration is None or precision == "fp32" or precision == "tf32":
         prepared = prepare(model)
         if scales.calibration is not None and not scales.force:
             check_fits(scales.calibration, prepared)
+        if scales.calibration is not None:
+            note_inputs(prepared.proto, scales.calibration.input_statistics)
         save_model(prepared.proto, output)
         return None, ()
     if precision == "fp16":
@@ -73,8 +77,10 @@ def write_typed(
         percentile=scales.percentile,
         target="tensorrt",
         precision=precision,
-        residual=scales.residual,
-        exclude=scales.exclude,
+        residual=scales.placement.residual,
+        attention=scales.placement.attention,
+        exclude=scales.placement.exclude,
+        include=scales.placement.include,
         force=scales.force,
         track=track,
     )
@@ -83,7 +89,8 @@ def write_typed(
     held = [f"{node.node} ({node.reason})" for node in quantized.held]
     guarded = _unbounded(_listed(f"{len(held)} nodes stay in FP32", held), held)
     notes = (*_listed(summary, floating), *guarded, *quantized.notes)
-    return Provenance(method_name(scales.method, scales.percentile), scales.calibration.sha256), notes
+    method = method_name(scales.method, scales.percentile)
+    return Provenance(method, scales.calibration.sha256, scales.placement), notes
 
 
 def provenance_of(header: onnx.ModelProto) -> Provenance | None:
@@ -92,7 +99,8 @@ def provenance_of(header: onnx.ModelProto) -> Provenance | None:
     if not quantized:
         return None
     metadata = {entry.key: entry.value for entry in header.metadata_props}
-    return Provenance(metadata.get(METHOD_KEY, "as in the model"), metadata.get(CALIBRATION_KEY))
+    method = metadata.get(METHOD_KEY, "as in the model")
+    return Provenance(method, metadata.get(CALIBRATION_KEY), placement_of(metadata))
 
 
 def _unbounded(notes: tuple[str, ...], held: Sequence[str]) -> tuple[str, ...]:

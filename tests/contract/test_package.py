@@ -56,6 +56,7 @@ def test_public_names():
         "compare",
         "convert_fp16",
         "export_onnx",
+        "lint",
         "quantize",
     }
 

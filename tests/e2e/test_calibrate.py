@@ -102,10 +102,10 @@ def text_model(tmp_path: Path) -> Path:
             helper.make_tensor_value_info("vector", TensorProto.FLOAT, ["batch", 16]),
             helper.make_tensor_value_info("gain", TensorProto.FLOAT, []),
         ],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 5])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 16])],
         [
             numpy_helper.from_array(rng.normal(size=(50, 16)).astype(np.float32), "table"),
-            numpy_helper.from_array(rng.normal(size=(16, 5)).astype(np.float32), "w"),
+            numpy_helper.from_array(rng.normal(size=(16, 16)).astype(np.float32), "w"),
             numpy_helper.from_array(np.array([1]), "axes"),
         ],
     )
@@ -146,4 +146,4 @@ def test_fixed_batch_keeps_padding_out(tiny_model: Path):
 
     assert calibration.fingerprint.samples == 10
     assert calibration.histogram("input").count == 10 * 3 * 8 * 8
-    assert calibration.histogram("relu").count == 10 * 4 * 8 * 8
+    assert calibration.histogram("relu").count == 10 * 8 * 8 * 8

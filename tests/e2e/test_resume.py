@@ -76,3 +76,35 @@ def test_killed_before_the_first_checkpoint(command: list[str], tmp_path: Path):
 
     assert "there is no checkpoint" in done.stderr
     assert "600 batches" in done.stdout
+
+
+def test_a_run_goes_on_inside_its_calibration(tiny_model: Path, tmp_path: Path):
+    """SIGKILL in the calibration stage of `run`: with --resume it goes on from its state, to the same bytes."""
+    rng = np.random.default_rng(1)
+    np.savez(tmp_path / "data.npz", input=rng.standard_normal((1000, 3, 8, 8), dtype=np.float32))
+    (tmp_path / "c.yaml").write_text(
+        f"""
+model: {{source: {tiny_model.name}}}
+data: {{calibration: data.npz}}
+calibrate: {{checkpoint_every: 20, threads: 1}}
+quantize: {{methods: [minmax], method: minmax, targets: [cpu], fp16: false}}
+benchmark: {{rounds: 5, budget_s: 0.1, warmup_s: 0.01}}
+accuracy: {{max_samples: 4}}
+output: out
+"""
+    )
+    words = [sys.executable, "-m", "trt_int8", "run", str(tmp_path / "c.yaml"), "--backend", "onnxruntime"]
+    output = tmp_path / "out" / "calibration.npz"
+    part = output.with_name("calibration.part.npz")
+
+    ended = run_for(words, 0, part)
+    left = part.exists()
+    done = subprocess.run([*words, "--resume"], check=True, capture_output=True, text=True)
+    alone = [*words[:3], "calibrate", str(tiny_model), "--data", str(tmp_path / "data.npz"), "--output"]
+    subprocess.run([*alone, str(tmp_path / "whole.npz"), "--threads", "1"], check=True, capture_output=True)
+
+    assert not ended
+    assert left
+    assert "going on from batch" in done.stderr
+    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not part.exists()

@@ -26,7 +26,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
         self.branch = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
-        self.head = nn.Linear(width, 6)
+        self.head = nn.Linear(width, 16)
 
     def forward(self, image):
         features = self.stem(image)
@@ -34,7 +34,7 @@ class Net(nn.Module):
         return self.head(features.mean(dim=(2, 3)))
 
 
-def net(width=8):
+def net(width=32):
     torch.manual_seed(3)
     return Net(width)
 '''
@@ -60,7 +60,7 @@ def batches():
 CONFIG = """
 model:
   source: net.py:net
-  arguments: {width: 8}
+  arguments: {width: 32}
   inputs: [{name: image, shape: [1, 2, 12, 12]}]
 data:
   calibration: data.npz
@@ -68,6 +68,7 @@ data:
   labels: label
 quantize:
   methods: [minmax, entropy, auto]
+  modes: [static, dynamic, weight-only]
 benchmark: {rounds: 5, budget_s: 0.2, warmup_s: 0.02}
 output: out
 """
@@ -117,11 +118,12 @@ def test_every_file_is_written_and_recorded(finished: Path):
 
 
 def test_accuracy_covers_every_model(finished: Path):
-    """accuracy.json holds FP16 and each method on both targets, on all samples; only TensorRT's are simulated."""
+    """accuracy.json holds FP16, each method on both targets and the other modes; only TensorRT's are simulated."""
     result = read(finished / "accuracy.json")
     rows = {row["name"]: row for row in result["candidates"]}
 
-    assert set(rows) == {"FP16", "INT8+FP16 entropy, tensorrt"} | {
+    without_scales = {"INT8 dynamic, cpu", "INT8 weight-only, cpu"}
+    assert set(rows) == {"FP16", "INT8+FP16 entropy, tensorrt"} | without_scales | {
         f"INT8 {method}, {target}" for method in ("minmax", "entropy", "auto") for target in ("tensorrt", "cpu")
     }
     assert all(row["samples"] == 40 and row["top1"] is not None for row in rows.values())
@@ -133,10 +135,11 @@ def test_accuracy_covers_every_model(finished: Path):
 
 
 def test_benchmark_times_what_this_machine_runs(finished: Path):
-    """benchmark.json times FP32, FP16 and the delivered CPU model; nothing in it is simulated."""
+    """benchmark.json times FP32, FP16, the delivered CPU model and the other modes; nothing in it is simulated."""
     result = read(finished / "benchmark.json")
+    modes = ["INT8 dynamic, cpu", "INT8 weight-only, cpu"]
 
-    assert [row["name"] for row in result["candidates"]] == ["FP32", "FP16", "INT8 entropy, cpu"]
+    assert [row["name"] for row in result["candidates"]] == ["FP32", "FP16", "INT8 entropy, cpu", *modes]
     assert not any(row["simulated"] for row in result["candidates"])
     assert result["candidates"][0]["speedup"] == 1.0
 
@@ -146,9 +149,9 @@ def test_weights_are_stored_as_int8(finished: Path):
     rows = {row["name"]: row for row in read(finished / "sizes.json")["models"]}
     full, small = rows["FP32"]["weight_bytes"], rows["INT8 entropy, tensorrt"]["weight_bytes"]
 
-    weights = 2 * 8 * 9 + 8 * 8 * 9 + 8 * 6
+    weights = 2 * 32 * 9 + 32 * 32 * 9 + 32 * 16
     assert full["FLOAT"] >= 4 * weights
-    assert small["INT8"] == pytest.approx(weights, abs=64)  # and the zero points
+    assert small["INT8"] == pytest.approx(weights, abs=128)  # and the zero points
 
 
 def test_names_and_interface_survive(finished: Path):

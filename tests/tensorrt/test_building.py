@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 from calibrators.errors import CalibrationError
 from calibrators.tensorrt_cache import TensorRTCache
 from engines.errors import EngineBuildError, EngineLoadError
+from engines.placement_options import PlacementOptions
 from engines.sidecar import Provenance, read_sidecar
 from engines.trt_builder import BuiltEngine
 from engines.trt_runner import TensorRTRunner
@@ -97,9 +98,30 @@ def test_the_sidecar_says_where_the_scales_come_from(
     )
     half = build_engine(tiny_model, tmp_path, precision="fp16", calibration=calibration)
 
-    assert int8.sidecar.calibration == Provenance("percentile 99.9", calibration.sha256)
+    assert int8.sidecar.calibration == Provenance("percentile 99.9", calibration.sha256, PlacementOptions())
     assert half.sidecar.calibration is None
     assert read_sidecar(int8.path) == int8.sidecar
+
+
+def test_the_options_of_the_placement_reach_the_model(tmp_path: Path, graph_builder: Any) -> None:
+    """The command gives TensorRT what `quantize` writes with the same options, and the sidecar names them."""
+    graph = graph_builder()
+    graph.conv(graph.conv(graph.input("input", ("N", 3, 8, 8)), (3, 16), "stem"), (16, 5), "few")
+    graph.conv("few", (5, 3), "y")
+    model = Path(graph.save(tmp_path / "m.onnx", ["y"]))
+    calibration = calibrate(model, {"input": SAMPLES}, batch_size=4)
+    calibration.save(tmp_path / "c.npz")
+    wishes = PlacementOptions("float", "int8", ["n_few"], ["n_y"])
+    words = [str(model), "--calibration", str(tmp_path / "c.npz"), *wishes.words()]
+
+    assert main(["build", *words, "--output", str(tmp_path / "out"), "--no-timing-cache"]) == 0
+    assert main(["quantize", *words, "--output", str(tmp_path / "q.onnx")]) == 0
+    assert (tmp_path / "out" / "m.int8.engine.onnx").read_bytes() == (tmp_path / "q.onnx").read_bytes()
+    sidecar = read_sidecar(tmp_path / "out" / "m.int8.engine")
+    assert sidecar is not None
+    assert sidecar.calibration == Provenance("entropy", calibration.sha256, wishes)
+    as_it_is = build_engine(tmp_path / "q.onnx", tmp_path / "again", calibration=calibration)
+    assert as_it_is.sidecar.calibration == sidecar.calibration
 
 
 def test_the_method_reaches_the_scales(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:
@@ -147,7 +169,7 @@ def test_models_that_hold_types_are_built_as_they_are(
     assert [int8.path.name, half.path.name] == ["tiny.int8.engine", "tiny.fp16.engine"]
     assert [int8.sidecar.model, half.sidecar.model] == ["tiny.int8.onnx", "tiny.fp16.onnx"]
     assert not list((tmp_path / "out").glob("*.onnx"))
-    assert int8.sidecar.calibration == Provenance("percentile 99.9", calibration.sha256)
+    assert int8.sidecar.calibration == Provenance("percentile 99.9", calibration.sha256, PlacementOptions())
     assert half.sidecar.calibration is None
 
 
@@ -326,6 +348,12 @@ def test_a_failed_build_leaves_an_earlier_engine_and_its_model_alone(
         ({"implicit": True}, UsageError, "neither was given"),
         ({"implicit": True, "data": {"input": SAMPLES}, "method": "mse"}, UsageError, "--method would change nothing"),
         ({"precision": "fp32", "batch": (1, 1, 1), "residual": "float"}, UsageError, "fp32 has no scales"),
+        (
+            {"precision": "fp16", "batch": (1, 1, 1), "include": ["a"]},
+            UsageError,
+            "--include would .* fp16 has no scal",
+        ),
+        ({"attention": "none"}, ConfigError, "attention is 'none'"),
         ({"precision": "fp32", "batch": (1, 1, 1), "max_batches": 3}, UsageError, "--max-batches says how"),
         ({"precision": "fp32", "batch": (1, 1, 1), "short_batch": "pad"}, UsageError, "--short-batch says how"),
         ({"percentile": 99.0}, UsageError, "the method is not percentile"),

@@ -20,7 +20,8 @@ from engines.profiles import ShapeRange, batch_profile
 from engines.sidecar import read_sidecar, sidecar_path, write_sidecar
 from engines.trt_builder import build_engine
 from engines.trt_options import BuildOptions
-from trt_int8.api import calibrate, compare, quantize
+from trt_int8 import building
+from trt_int8.api import benchmark, calibrate, compare, quantize
 from trt_int8.cli import main
 from trt_int8.errors import EngineLoadError, InferenceError, ModelError
 from trt_int8.quantization import convert_fp16
@@ -164,6 +165,24 @@ def run_commands(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", script], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
+
+
+def test_engines_tell_of_their_calibration(models: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    """What the model they were built from says, or the calibration they were built with; other data are warned of."""
+    calibration = calibrate(tiny_model, [{"input": DATA["input"]}])
+    built = [
+        building.build_engine(tiny_model, tmp_path, precision=precision, calibration=calibration).path
+        for precision in ("fp32", "fp16", "int8")
+    ]
+    unlike = {"input": DATA["input"] * np.float32(255)}
+
+    for engine in (models["int8.engine"], models["fp16.engine"], *built):
+        assert compare(models["fp32.engine"], engine, DATA).warnings == ()
+        (line,) = compare(models["fp32.engine"], engine, unlike).warnings
+        assert f"looks unlike what {engine.name} was calibrated on" in line
+        found = benchmark([models["fp32.engine"], engine], unlike, rounds=5, budget_s=0.05).warnings
+        assert sum("looks unlike" in line for line in found) == 1
+    assert compare(models["fp32.engine"], models["fp32"], unlike).warnings == ()
 
 
 def test_engines_alone_are_served_and_the_right_profile_is_taken(tiny_model: Path, tmp_path: Path) -> None:

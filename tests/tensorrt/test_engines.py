@@ -113,7 +113,7 @@ def test_a_runner_describes_itself_before_it_is_entered(engine: Path) -> None:
 
     assert [str(spec) for spec in (*runner.inputs, *runner.outputs)] == [
         "input: float32 (batch, 3, 8, 8)",
-        "logits: float32 (batch, 7)",
+        "logits: float32 (batch, 16)",
     ]
     assert runner.simulated
     assert runner.execution == "native"
@@ -151,7 +151,7 @@ def test_a_shape_outside_the_profile_names_the_profile(engine: Path) -> None:
             runner.infer({"input": np.zeros((9, 3, 8, 8), np.float32)})
         with pytest.raises(InferenceError, match="dtype float64"):
             runner.infer({"input": np.zeros((1, 3, 8, 8))})
-        assert runner.infer(BATCHES[0])["logits"].shape == (4, 7)
+        assert runner.infer(BATCHES[0])["logits"].shape == (4, 16)
 
 
 def test_the_profile_that_holds_the_shape_is_chosen(tiny_model: Path, run_model: Callable[..., Any]) -> None:
@@ -388,7 +388,7 @@ def test_compatible_plans_are_built_and_loaded(tiny_model: Path, level: Any) -> 
     assert built.sidecar.version_compatible
     assert built.sidecar.options["hardware_compatibility"] == level
     with TensorRTRunner(path) as runner:
-        assert runner.infer(BATCHES[0])["logits"].shape == (4, 7)
+        assert runner.infer(BATCHES[0])["logits"].shape == (4, 16)
 
 
 def test_a_plan_of_another_gpu_or_release_is_refused_before_it_is_loaded(engine: Path) -> None:
@@ -411,7 +411,7 @@ def test_a_trusted_plan_without_a_sidecar_runs(engine: Path) -> None:
     with TensorRTRunner(engine, trust=True) as runner:
         assert [str(spec) for spec in runner.inputs] == ["input: float32 (?, 3, 8, 8)"]
         assert runner.simulated
-        assert runner.infer(BATCHES[0])["logits"].shape == (4, 7)
+        assert runner.infer(BATCHES[0])["logits"].shape == (4, 16)
 
 
 def test_a_trusted_file_that_is_no_plan_quotes_tensorrt(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_out_of_device_memory_says_how_much_was_asked(tiny_model: Path) -> None:
         f"m.engine failed on the GPU: Out of device memory on SIMULATED: {4096 * 192 * 4} bytes were asked" in message
     )
     assert "Lower the batch size" in message
-    assert answer == "(2, 7)"
+    assert answer == "(2, 16)"
 
 
 @pytest.mark.parametrize(
@@ -621,7 +621,7 @@ def test_each_failure_quotes_its_own_log(engine: Path, monkeypatch: pytest.Monke
             with pytest.raises(InferenceError, match=f"failed in TensorRT: the {reason} trouble"):
                 runner.infer(BATCHES[0])
             monkeypatch.delenv("TRTSIM_FAIL")
-            assert runner.infer(BATCHES[0])["logits"].shape == (4, 7)
+            assert runner.infer(BATCHES[0])["logits"].shape == (4, 16)
 
 
 def test_a_runtime_that_does_not_start_quotes_tensorrt(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,7 @@ def with_labels(labels: Any) -> list[DataBatch]:
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
-        ([0, 7], "sample 3 has the label 7; output 'logits' has the classes 0 to 6"),
+        ([0, 16], "sample 3 has the label 16; output 'logits' has the classes 0 to 15"),
         ([-1, 0], "sample 2 has the label -1"),
         ([0.0, 1.0], "float64"),
         ([True, False], "bool"),

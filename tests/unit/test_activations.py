@@ -21,6 +21,7 @@ from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
 from engines.errors import InferenceError, ModelError
 from engines.graph import PreparedModel, prepare
 from engines.placement_cpu import place_for_cpu
+from engines.placement_options import PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 
 RNG = np.random.default_rng(9)
@@ -72,7 +73,25 @@ class TestChoice:
         names = set(tensors_to_calibrate(residual))
         for excluded in ("n_stem", "n_b1", "n_b2", "n_logits"):
             for place in (place_for_tensorrt, place_for_cpu):
-                assert set(place(residual.ir(), exclude=[excluded]).tensors) <= names
+                assert set(place(residual.ir(), PlacementOptions(exclude=[excluded])).tensors) <= names
+
+    def test_including_nodes_never_needs_a_tensor_that_was_not_calibrated(self, residual: PreparedModel) -> None:
+        """What a rule keeps in float may be asked for later: these convolutions have too few channels for TensorRT."""
+        names = set(tensors_to_calibrate(residual))
+        included = place_for_tensorrt(residual.ir(), PlacementOptions(include=[".*"]))
+
+        assert len(included.weights) > len(place_for_tensorrt(residual.ir()).weights)
+        assert set(included.tensors) <= names
+
+    def test_attention_may_be_asked_for_later(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Queries, keys and values are counted; probabilities, which lie between 0 and 1 and are many, are not."""
+        graph = graph_builder()
+        x = graph.input("x", ("N", 32, 16))
+        query, key, value = (graph.node("MatMul", [x, graph.normal((16, 16))], name) for name in "qkv")
+        scores = graph.node("MatMul", [query, graph.node("Transpose", [key], perm=[0, 2, 1])], "scores")
+        graph.node("MatMul", [graph.node("Softmax", [scores], "p"), value], "y")
+
+        assert tensors_to_calibrate(prepare(graph.save(tmp_path / "m.onnx", ["y"]))) == ["x", "q", "k", "v", "y"]
 
     def test_all_names_every_float_activation(self, residual: PreparedModel) -> None:
         """TensorRT's implicit path falls back to float wherever a scale is missing."""
@@ -262,7 +281,7 @@ class TestBlocks:
             source = OnnxRuntimeActivations(residual, part, [batch], exposed=names)
             (found,) = source.activations()
             assert list(found.values) == part
-            assert {value.name for value in source._session.get_outputs()} <= {
+            assert {name for piece in source._pieces for name in piece.outputs} <= {
                 source._outputs[name] for name in part if name != "x"
             }
             for name in part:

@@ -35,3 +35,10 @@ def test_other_shapes_are_a_usage_error(texts: list[str]) -> None:
     """What was given stands in the line, and an example."""
     with pytest.raises(UsageError, match=r"--shape is 'x|--shape is '="):
         parse_shapes(texts)
+
+
+def test_shapes_to_time_ascend() -> None:
+    """Axis by axis; one shape stands for all three."""
+    assert parse_shapes(["x=2x3"], one_will_do=True)["x"].maximum == (2, 3)
+    with pytest.raises(UsageError, match="in ascending order"):
+        parse_shapes(["x=8x3,4x3,1x3"], one_will_do=True)

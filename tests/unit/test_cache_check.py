@@ -115,6 +115,13 @@ def test_the_method_is_judged_by(calibration: Calibration, module_tiny_model: Pa
     assert row.clipped == pytest.approx(10, abs=1.5)
 
 
+def test_ranges_tell_nothing_of_what_is_clipped(module_tiny_model: Path):
+    """A calibration that keeps them alone is refused, with the way out."""
+    ranges = calibrate(module_tiny_model, {"input": images(0)}, statistics="minmax")
+    with pytest.raises(CalibrationError, match=r"of ranges alone: .* Calibrate again without --statistics minmax"):
+        check_data(ranges, {"input": images(0)}, module_tiny_model, method="minmax")
+
+
 def test_another_model(calibration: Calibration, graph_builder: Any, tmp_path: Path):
     """A calibration of another model is refused; force helps only where names are shared."""
     builder = graph_builder()

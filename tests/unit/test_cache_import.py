@@ -40,13 +40,13 @@ def residual_net(builder: Any, path: Path) -> Path:
         variance = builder.constant(abs(builder.rng.normal(size=channels[1])).astype(np.float32) + 0.5)
         return str(builder.node("BatchNormalization", [conv, *parameters, variance], f"{name}.bn"))
 
-    stem = builder.node("Relu", [normalized(builder.input(), (3, 4), "stem")], "stem.relu")
-    first = builder.node("Relu", [normalized(stem, (4, 8), "first")], "first.relu")
-    branch = normalized(first, (8, 8), "second")
-    skip = normalized(stem, (4, 8), "skip", kernel=1)
+    stem = builder.node("Relu", [normalized(builder.input(), (3, 16), "stem")], "stem.relu")
+    first = builder.node("Relu", [normalized(stem, (16, 32), "first")], "first.relu")
+    branch = normalized(first, (32, 32), "second")
+    skip = normalized(stem, (16, 32), "skip", kernel=1)
     added = builder.node("Relu", [builder.node("Add", [branch, skip], "add")], "add.relu")
     pool = builder.node("MaxPool", [added], "pool", kernel_shape=[2, 2], strides=[2, 2])
-    builder.gemm(builder.node("Flatten", [pool], "flat"), (128, 5), "logits")
+    builder.gemm(builder.node("Flatten", [pool], "flat"), (512, 16), "logits")
     return Path(builder.save(path, ["logits"]))
 
 
@@ -337,10 +337,10 @@ def test_calibration_is_no_cache(tiny_model: Path, tmp_path: Path):
 def test_what_a_float_node_makes_necessary_is_found(graph_builder: Any, tmp_path: Path):
     """With a node left float its output may become the skip input, whose scale is in the cache and is taken."""
     builder = graph_builder()
-    x = builder.input(shape=("N", 4, 8, 8))
-    a = builder.node("Relu", [builder.conv(x, (4, 4), "a")], "a.relu")
-    b = builder.node("Relu", [builder.conv(x, (4, 4), "b")], "b.relu")
-    left, right = builder.conv(a, (4, 4), "left"), builder.conv(b, (4, 4), "right")
+    x = builder.input(shape=("N", 16, 8, 8))
+    a = builder.node("Relu", [builder.conv(x, (16, 16), "a")], "a.relu")
+    b = builder.node("Relu", [builder.conv(x, (16, 16), "b")], "b.relu")
+    left, right = builder.conv(a, (16, 16), "left"), builder.conv(b, (16, 16), "right")
     model = builder.save(tmp_path / "m.onnx", [builder.node("Add", [left, right], "sum")])
     skip = next(
         point.tensor for point in place_for_tensorrt(prepare(model).ir()).activations if point.rule == "residual-skip"

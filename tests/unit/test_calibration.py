@@ -451,9 +451,9 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     """The message names both versions."""
     path = tmp_path / "future.npz"
-    path.write_bytes(npz(header=header(format="trt-int8 calibration", version=2, layout="other")))
+    path.write_bytes(npz(header=header(format="trt-int8 calibration", version=3, layout="other")))
 
-    with pytest.raises(CacheFormatError, match="format version 2 and this version of trt-int8 reads version 1"):
+    with pytest.raises(CacheFormatError, match="format version 3 and this version of trt-int8 reads versions 1 and 2"):
         Calibration.load(path)
 
 
@@ -461,6 +461,23 @@ def rewritten(path: Path, **changes: np.ndarray) -> Path:
     with np.load(path) as arrays:
         path.write_bytes(npz(**{**arrays, **changes}))
     return path
+
+
+def test_sizes_are_not_believed(tmp_path: Path) -> None:
+    """Neither an array that claims eight terabytes, nor an entry that unpacks to far more than it could need."""
+    path = tmp_path / "calibration.npz"
+    make_calibration().save(path)
+    for name, claimed, held in (("zeros", 1 << 40, 64), ("minimum", 1 << 22, 1 << 24)):
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": (claimed,)})
+        other = tmp_path / f"{name}.npz"
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry in whole.namelist():
+                content = stream.getvalue() + bytes(held) if entry == f"{name}.npy" else whole.read(entry)
+                archive.writestr(entry, content)
+
+        with pytest.raises(CacheFormatError, match=rf"{name}\.npz': its array '{name}' (is int64|takes 16777)"):
+            Calibration.load(other)
 
 
 def test_contradictions_inside_are_refused(tmp_path: Path) -> None:

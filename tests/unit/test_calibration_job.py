@@ -276,7 +276,7 @@ def test_the_bound_is_said_before_the_first_batch(
         calibrate(tiny_model, {"input": np.repeat(images, 20, axis=0)}, batch_size=512, threads=3)
 
     (line,) = [record.message for record in caplog.records if record.message.startswith("memory")]
-    relu_and_logits = 4 * 512 * (4 * 64 + 7) / 2**20
+    relu_and_logits = 4 * 512 * (8 * 64 + 16) / 2**20
     assert f"+ 3 x {relu_and_logits:.1f} MiB of activations" in line
     assert "at most 9.0 MiB of histograms, usually 0.9" in line
 
@@ -285,17 +285,17 @@ class TestConvergence:
     """The history of the scales."""
 
     def test_scales_are_those_of_so_many_batches(self, tiny_model: Path, images: Images) -> None:
-        """At 1, 2, 4, ... and at the end, for every method: those that a calibration of so many batches has."""
+        """At the last doublings and at the end, for every method: those that a calibration of so many batches has."""
         calibration = calibrate(tiny_model, {"input": images})
 
         assert set(calibration.convergence) == {"minmax", "entropy", "percentile", "mse"}
         for method, points in calibration.convergence.items():
             assert list(points) == list(calibration.tensors)
             for tensor, values in points.items():
-                assert [count for count, _ in values] == [1, 2, 4, 8, 16, 32, 37]
+                assert [count for count, _ in values] == [2, 4, 8, 16, 32, 37]
                 assert values[-1][1] == calibration.scales(method)[tensor]
         early = calibrate(tiny_model, {"input": images[:8]})
-        assert {name: values[3][1] for name, values in calibration.convergence["mse"].items()} == early.scales("mse")
+        assert {name: values[2][1] for name, values in calibration.convergence["mse"].items()} == early.scales("mse")
 
     def test_it_stops_where_nothing_moves(self, tiny_model: Path, tmp_path: Path) -> None:
         """Equal batches: after 32 of them, as fewer agree by chance; interrupted and taken up again, at the same."""

@@ -80,7 +80,7 @@ class TestRefusals:
             ),
             (
                 {"benchmark": {"zzz": 1}},
-                r"unknown key benchmark\.zzz \(valid here: rounds, budget_s, warmup_s, threads\)",
+                r"unknown key benchmark\.zzz \(valid here: rounds, budget_s, warmup_s, threads, shapes\)",
             ),
             ({"benchmark": {"rounds": "ten"}}, r"benchmark\.rounds is 'ten', expected a whole number\.$"),
             ({"benchmark": {"rounds": 2.5}}, r"benchmark\.rounds is 2\.5, expected a whole number"),
@@ -107,6 +107,7 @@ class TestRefusals:
             ),
             ({"build": {"hardware_compatibility": "all"}}, r"build\.hardware_compatibility is 'all', expected 'none'"),
             ({"quantize": {"exclude": ["("]}}, r"quantize: exclude holds '\(', which is no regular expression: "),
+            ({"quantize": {"include": ["("]}}, r"quantize: include holds '\(', which is no regular expression: "),
             (
                 {"quantize": {"methods": ["entropy", "mse", "mse"]}},
                 r"quantize: methods is \['entropy', 'mse', 'mse'\], expected each only once",
@@ -119,6 +120,15 @@ class TestRefusals:
                 {"quantize": {"methods": ["minmax"]}},
                 r"quantize: method is 'entropy', expected one of methods: minmax",
             ),
+            (
+                {"quantize": {"activations": "affine", "targets": ["tensorrt"]}},
+                r"quantize: activations is 'affine', expected cpu among targets",
+            ),
+            (
+                {"quantize": {"attention": "int8", "targets": ["cpu"]}},
+                r"quantize: attention is 'int8', expected tensorrt among targets",
+            ),
+            ({"quantize": {"modes": ["dynamic"]}}, r"quantize: modes is \['dynamic'\], expected static among them"),
             ({"data": {"calibration": 3}}, r"data\.calibration is 3, expected text"),
             ({"data": {}}, r"data\.calibration is missing"),
             ({"data": {**DATA, "preprocessing": {"resize": "q"}}}, r"resize is 'q', expected a whole number or a list"),

@@ -9,7 +9,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from trt_int8.console import accuracy_table, benchmark_table, console, gpu_state, make_table, shared_notes, size_table
+from trt_int8.console import (
+    accuracy_table,
+    benchmark_table,
+    console,
+    gpu_state,
+    make_table,
+    shared_notes,
+    size_table,
+    verdict_lines,
+)
 
 
 def row(name: str, gpu: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -164,3 +173,11 @@ def test_numbers_never_squeeze_the_names_out(capsys: pytest.CaptureFixture[str])
     assert "INT8+FP16 auto" in shown
     assert all(name in shown for name in types)
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_one_reason_against_several_verdicts_is_one_line() -> None:
+    """Verdicts come first; what stands in the way of the others is said once, with their names."""
+    rows = ("", "b is faster", "c against a: no verdict, W", "d against a: no verdict, V", "e against a: no verdict, W")
+    result = {"candidates": [{"name": name, "verdict": text} for name, text in zip("abcde", rows, strict=True)]}
+
+    assert verdict_lines(result) == ["b is faster", "c, e: no verdict, W", "d: no verdict, V"]

@@ -15,6 +15,7 @@ from calibrators.input_statistics import statistics_of
 from trt_int8 import benchmark, calibrate, compare, quantize
 from trt_int8.cli import main
 from trt_int8.input_alarm import INPUTS_KEY, InputWatch, read_summary, summary_text
+from trt_int8.quantization import convert_fp16
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -128,6 +129,17 @@ def test_quantized_models_carry_it(quantized: Path) -> None:
     assert values["mean"] == pytest.approx(natural().mean(), rel=1e-4)
     assert values["channels"] == pytest.approx(natural().mean(axis=(0, 2, 3)).tolist(), rel=1e-4)
     assert len(metadata[INPUTS_KEY]) < 200
+
+
+def test_fp16_models_carry_it_too(quantized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The same text as the INT8 model of their calibration, and they warn alone."""
+    calibration = calibrate(tiny_model, {"input": natural()})
+    half = convert_fp16(tiny_model, calibration, output=tmp_path / "half.onnx").path
+
+    texts = [{entry.key: entry.value for entry in onnx.load(file).metadata_props} for file in (half, quantized)]
+    assert texts[0][INPUTS_KEY] == texts[1][INPUTS_KEY]
+    (line,) = compare(tiny_model, half, {"input": natural(1, 20) * np.float32(255)}).warnings
+    assert line.startswith("input 'input' looks unlike what half.onnx was calibrated on")
 
 
 def test_compare_and_benchmark_warn(quantized: Path, tiny_model: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def test_without_tensorrt_it_is_that_which_is_missing(tmp_path: Path, monkeypatc
     )  # fmt: skip
     write_sidecar(plan, sidecar)
     monkeypatch.setattr("trt_int8.inspection.open_device", opened)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match="tensorrt"):
         inspect(plan)
 

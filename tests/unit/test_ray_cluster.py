@@ -1,4 +1,4 @@
-"""Calibration on a Ray cluster: equal to one process to the bit, also when a worker is killed."""
+"""Calibration on a Ray cluster: equal to one process to the bit, also when a worker or a whole node is killed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ import pytest
 
 import trt_int8
 from calibrators.collector import ActivationStatistics, collect
-from calibrators.errors import CalibrationError, EmptyCalibrationSetError, NonFiniteActivationError
+from calibrators.errors import (
+    CalibrationError,
+    EmptyCalibrationSetError,
+    NonFiniteActivationError,
+    TrtInt8Error,
+)
 from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
-from engines.errors import InferenceError
+from engines.errors import DeviceError, InferenceError
 from engines.graph import PreparedModel, prepare
-from trt_int8 import ray_cluster
+from trt_int8 import ray_cluster, ray_worker
 from trt_int8.calibration import calibrate
+from trt_int8.calibration_backend import CalibrationBackend, choose_calibration_backend
 from trt_int8.ray_cluster import ARITY, RayCluster
 from trt_int8.ray_worker import Shard, ShardBatch, add_up, count_shard, pack
 
@@ -58,12 +64,14 @@ def model(tiny_model: Path) -> PreparedModel:
     return prepare(tiny_model)
 
 
-# --- a real cluster of two worker processes ---------------------------------------------------------------------------
+# --- a real cluster of two worker processes, and for a while of a second node -----------------------------------------
 
 SCRIPT = """
-import contextlib, json, os, signal, sys, time
+import contextlib, json, os, pickle, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, psutil
+from engines.activations import tensors_to_calibrate
+from engines.graph import prepare
 from trt_int8 import calibrate, ray_cluster
 from trt_int8.errors import TrtInt8Error
 
@@ -84,10 +92,25 @@ class Stream:
                 batch = self.do(batch)
             yield {"input": np.repeat(batch, 20000, axis=0) if self.long and index == LONG else batch}
 
-def workers():
+class Grows:
+    # An array that gets 2000 times the samples where it arrives.
+    nbytes = 0
+    def __init__(self, values):
+        self.values = values
+    def __reduce__(self):
+        return np.repeat, (self.values, 2000, 0)
+
+def growing():
+    for index, batch in enumerate(np.load(folder / "data.npy")):
+        if index == 44:
+            kill_node()
+        feeds = {"input": Grows(batch) if index >= 32 else batch}
+        yield ray_cluster.ShardBatch(feeds, 4000 if index >= 32 else 2)
+
+def workers(below=None):
     # Process ids and titles of Ray's processes; a worker's title names the function that it runs.
     titles = {}
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(below).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             titles[process.pid] = " ".join(process.cmdline())[:80]
     return titles
@@ -101,6 +124,19 @@ def kill(batch):
                 said["killed"] = [title.strip(), pid]
                 return batch
     raise TimeoutError(f"no worker was counting: {workers()}")
+
+def kill_node():
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        processes = workers(node.pid)
+        if any(title.startswith("ray::count_shard") for title in processes.values()):
+            node.kill()
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            said["killed_node"] = len(ray.nodes())
+            return
+    raise TimeoutError(f"the second node was not counting: {workers()}")
 
 def user_error(batch):
     raise ZeroDivisionError("the user's own")
@@ -124,15 +160,23 @@ def run(name, **how):
 import ray
 with ray_cluster.RayCluster("local") as cluster:
     said["cpus"] = ray.cluster_resources()["CPU"]
+    join = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    address = ray.get_runtime_context().gcs_address
+    log = open(folder / "node.log", "w")
+    node = subprocess.Popen([*join, f"--address={address}"], stdout=log, stderr=log)
     run("killed_worker", data=Stream(40, kill, long=True))
     run("user_error", data=Stream(30, user_error))
     run("overflow", data=Stream(30, endless))
+    while len(ray.nodes()) < 2 and node.poll() is None:
+        time.sleep(0.05)
+    prepared = prepare(folder / "model.onnx")
+    found = cluster.collect(prepared, tensors_to_calibrate(prepared), growing(), total=48)
+    (folder / "lost_node.pickle").write_bytes(pickle.dumps(found))
     run("stable", data=[{"input": np.load(folder / "data.npy")[0]}] * 48, stop_when_stable="entropy")
     ray_cluster.LOST_LIMIT = 1
-    from engines.graph import prepare
     lost = [ray_cluster.ShardBatch({"input": Exits()}, 1)]
     try:
-        cluster.collect(prepare(folder / "model.onnx"), ["input"], lost)
+        cluster.collect(prepared, ["input"], lost)
     except TrtInt8Error as error:
         said["lost"] = f"{type(error).__name__}: {error}"
     said["still connected"] = ray.is_initialized()
@@ -150,6 +194,9 @@ def cluster_run(module_tiny_model: Path) -> tuple[Path, dict[str, Any]]:
     (folder / "model.onnx").write_bytes(module_tiny_model.read_bytes())
     (folder / "script.py").write_text(textwrap.dedent(SCRIPT))
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    # A node that does not answer is given up after a second, not after fifteen.
+    variables |= {"RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "3"}
+    variables |= {"RAY_health_check_initial_delay_ms": "0"}
     done = subprocess.run(
         [sys.executable, str(folder / "script.py"), str(folder)],
         env=variables, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
@@ -178,6 +225,19 @@ def test_a_killed_worker_changes_no_bit(cluster_run: tuple[Path, dict[str, Any]]
     assert said["killed"][0] == "ray::count_shard"
     assert said["killed_worker"] == "48 batches"
     assert (folder / "killed_worker.npz").read_bytes() == (folder / "one.npz").read_bytes()
+
+
+def test_a_lost_node_changes_no_bit(cluster_run: tuple[Path, dict[str, Any]]) -> None:
+    """All processes of a node are killed while it counts: what it had counted is counted again elsewhere."""
+    folder, said = cluster_run
+
+    data = np.load(folder / "data.npy")
+    arrays = [np.repeat(batch, 2000 if index >= 32 else 1, axis=0) for index, batch in enumerate(data)]
+    counted = [ShardBatch({"input": array}, len(array)) for array in arrays]
+
+    assert said["killed_node"] == 2
+    found = pickle.loads((folder / "lost_node.pickle").read_bytes())
+    assert_equal(found, in_one_process(prepare(folder / "model.onnx"), counted))
 
 
 def test_errors_are_those_of_one_process(cluster_run: tuple[Path, dict[str, Any]]) -> None:
@@ -292,6 +352,7 @@ class FakeRay:
 
     def __init__(self, cpus: tuple[int, ...] = (2, 4)) -> None:
         self.cpus = cpus
+        self.gpus = 0
         self.options: list[dict[str, Any]] = []
         self.open: set[str] = set()
         self.most = 0
@@ -302,9 +363,8 @@ class FakeRay:
         return True
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in self.cpus] + [
-            {"Alive": False, "Resources": {"CPU": 64.0}}
-        ]
+        nodes = [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(self.gpus)}} for cpus in self.cpus]
+        return [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
 
     def put(self, value: Any) -> Any:
         return value
@@ -338,7 +398,7 @@ class FakeRay:
     def get(self, name: str) -> Any:
         try:
             return self.results[name]()
-        except (CalibrationError, ImportError) as error:
+        except (TrtInt8Error, ImportError) as error:
             raise self.exceptions.RayTaskError(error) from error
 
     def cancel(self, name: str) -> None:
@@ -478,6 +538,59 @@ def test_a_cluster_without_processors(fake_ray: FakeRay, model: PreparedModel) -
         RayCluster("auto").collect(model, ["conv"], batches(1))
 
 
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_task_has_a_gpu_of_its_own(
+    fake_ray: FakeRay, model: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model runs on GPUs: as many tasks at a time as there are, and each is told what to run it on."""
+    fake_ray.gpus = 1
+    backend = CalibrationBackend("cuda", "found it", {"backend": "cuda", "gpu": "NVIDIA H100"})
+    told: list[CalibrationBackend] = []
+
+    def count_shard(job: Any, shard: Shard) -> ActivationStatistics:
+        told.append(job.backend)
+        return ray_worker.count_shard(dataclasses.replace(job, backend=choose_calibration_backend()), shard)
+
+    monkeypatch.setattr(ray_cluster, "count_shard", count_shard)
+    data = batches(400, samples=1)
+    found = RayCluster("auto").collect(model, ["conv"], data, backend=backend, total=400)
+
+    assert fake_ray.options[0] == {"num_cpus": 1, "num_gpus": 1, "max_retries": 3}
+    assert fake_ray.options[1] == {"num_cpus": 0, "max_retries": 3}
+    assert fake_ray.most == 2 * 2 + 1
+    assert set(map(id, told)) == {id(backend)}
+    assert_equal(found, collect(OnnxRuntimeActivations(model, ["conv"], data, threads=1)))
+
+
+def test_a_worker_with_a_gpu_says_what_it_has(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver needs none; "auto" asks where there is one, and what is in the way is the worker's own word."""
+    fake_ray.gpus = 1
+    seen = CalibrationBackend("tensorrt", "found it", {"gpu": "NVIDIA H100"})
+    monkeypatch.setattr(ray_cluster, "choose_calibration_backend", lambda requested: seen)
+    assert RayCluster("auto").choose_backend("auto") is seen
+    assert fake_ray.options == [{"num_cpus": 1, "num_gpus": 1, "max_retries": 3}]
+
+    def refuse(requested: str) -> CalibrationBackend:
+        raise DeviceError("the driver is too old")
+
+    monkeypatch.setattr(ray_cluster, "choose_calibration_backend", refuse)
+    with pytest.raises(DeviceError, match="the driver is too old"):
+        RayCluster("auto").choose_backend("tensorrt")
+
+
+def test_a_cluster_without_gpus(fake_ray: FakeRay) -> None:
+    """ "auto" takes the processors; a GPU that is asked for is an error."""
+    found = RayCluster("auto").choose_backend("auto")
+
+    assert (found.name, found.reason) == ("onnxruntime", "the Ray cluster offers no GPUs")
+    assert RayCluster("auto").choose_backend("onnxruntime").name == "onnxruntime"
+    assert fake_ray.options == []
+    with pytest.raises(CalibrationError, match=r"its 2 nodes offer no GPUs; .* or take --backend onnxruntime"):
+        RayCluster("auto").choose_backend("cuda")
+
+
 # --- addresses --------------------------------------------------------------------------------------------------------
 
 
@@ -500,13 +613,33 @@ def test_an_address_where_nothing_listens(fake_ray: FakeRay, monkeypatch: pytest
             RayCluster(address)
 
 
-def test_what_ray_says_is_cut_to_a_line(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["note", "variable"])
+def test_a_cluster_that_is_gone(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str) -> None:
+    """ "auto" goes where an earlier cluster said it was; nothing listens there any more, which is said at once."""
+    monkeypatch.setattr(fake_ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        if form == "note":
+            (tmp_path / "ray").mkdir()
+            (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        else:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+
+        with pytest.raises(CalibrationError, match=f"at 'auto', which was {address}: Connection refused"):
+            RayCluster("auto")
+
+
+def test_what_ray_says_is_cut_to_a_line(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No cluster here, or one of another version of Python."""
 
     def init(**options: object) -> None:
         raise RuntimeError("\nVersion mismatch: The cluster was started with:\n    Ray: 2.0\n")
 
     monkeypatch.setattr(fake_ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(fake_ray, "init", init, raising=False)
 
     with pytest.raises(CalibrationError, match=r"at 'auto': Version mismatch: .* Ray: 2\.0.*Start one with"):

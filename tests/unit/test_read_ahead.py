@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from engines.runner import TensorSpec
-from trt_int8 import data, read_ahead
+from trt_int8 import read_ahead
 from trt_int8.data import BatchSource, DataSpec, open_data
 from trt_int8.errors import DataError
 from trt_int8.images import Preprocessing, decode
@@ -285,20 +285,3 @@ def test_the_rolling_hash_is_of_batches_that_were_used(tmp_path: Path) -> None:
     assert source.rolling_hash is None
     assert list(batches) == []
     assert source.rolling_hash == taken[-1].rolling_hash
-
-
-def test_waiting_for_batches_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seconds for each of three batches, and what the caller does in between is not counted."""
-    now = [0.0]
-    monkeypatch.setattr(data.time, "perf_counter", lambda: now[0])
-
-    def batches() -> Iterator[np.ndarray]:
-        for _ in range(3):
-            now[0] += 2
-            yield np.zeros((1, 2), np.float32)
-
-    source = open_data(batches(), X)
-    for _ in source:
-        now[0] += 5
-
-    assert source.waited_s == 6

@@ -58,7 +58,7 @@ def _model(path: Path) -> None:
         "tiny",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 6, 6])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
-        [weight("w1", 4, 3, 3, 3), weight("w2", 4, 4, 3, 3), weight("w3", 144, 10)],
+        [weight("w1", 16, 3, 3, 3), weight("w2", 16, 16, 3, 3), weight("w3", 576, 10)],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
@@ -99,6 +99,7 @@ def _accuracy() -> dict[str, Any]:
         "reference_scores": {"name": "FP32", "samples": 1000, "top1": 91.7, "top5": 99.1, "simulated": False},
         "candidates": [row("FP16", 91.7, 100.0, 66.0), *models],
         "labels": "label",
+        "warnings": ["input 'image' looks unlike"],
         "polygraphy": {"batches": 4, "checks": [check]},
     }
 
@@ -325,6 +326,51 @@ def test_thresholds_of_all_methods_stand_in_the_histogram(rendered: tuple[str, _
     for method in METHODS:
         label = "percentile 99.9" if method == "percentile" else method
         assert f">{label}: {calibration.amax(method, percentile=99.9)['r2']:.4g}<" in figure
+
+
+def _with_history(folder: Path, batches: tuple[int, ...], scales: dict[str, tuple[float, ...]]) -> tuple[str, _Page]:
+    """Give the page of a run whose entropy scales moved like that; those of other tensors and methods stayed at 1."""
+    calibration = Calibration.load(folder / "calibration.npz")
+    steady = tuple(1.0 for _ in batches)
+    history = {
+        method: {
+            tensor: tuple(zip(batches, scales.get(tensor, steady) if method == "entropy" else steady, strict=True))
+            for tensor in calibration.tensors
+        }
+        for method in METHODS
+    }
+    calibration.annotated(convergence=history).save(folder / "calibration.npz")
+    return _render(folder)
+
+
+def test_scales_that_still_move_are_drawn(run: Path) -> None:
+    """The sentence names them, the curve is orange, and each method's count is written behind its own."""
+    text, page = _with_history(run, (2, 4, 8), {"r2": (1.5, 1.02, 1.0), "image": (3.0, 1.005, 1.0)})
+    count = len(Calibration.load(run / "calibration.npz").tensors)
+
+    assert f"1 of {count} scales have moved by more than 1 % since batch 4 (entropy): r2 by 2.0 %; more" in page.text
+    figure = re.search(r'<svg[^>]*aria-label="How the scales moved over 8 batches: .*?</svg>', text, re.DOTALL)
+    assert figure is not None
+    assert len(re.findall(r"stroke: var\(--method-percentile,#c4530a\); stroke-width: 1.2", figure[0])) == 1
+    assert all(f">{label}<" in figure[0] for label in ("entropy: 1", "mse: 0", "minmax: 0", "percentile 99.99: 0"))
+    assert all(f">{label}<" in figure[0] for label in ("+30 %", "0", "-1 %", "2", "4", "8", "batches"))
+
+
+def test_scales_that_have_settled_are_said_to(run: Path) -> None:
+    """Of the delivered method."""
+    _, page = _with_history(run, (256, 512, 1000), {"r2": (1.5, 1.001, 1.0)})
+
+    assert "No scale has moved by more than 1 % since batch 512 (entropy)." in page.text
+
+
+def test_one_batch_draws_no_curve(run: Path) -> None:
+    """There is nothing to compare it with, which is said; nor where no history was kept."""
+    text, page = _with_history(run, (1,), {})
+    assert "1 batch says nothing about whether the scales have settled; give more data." in page.text
+    assert "How the scales moved" not in text
+
+    Calibration.load(run / "calibration.npz").annotated(convergence={}).save(run / "calibration.npz")
+    assert "Enough data?" not in _render(run)[1].text
 
 
 def test_table_lists_every_tensor_where_only_some_are_drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

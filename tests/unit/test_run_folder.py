@@ -75,6 +75,31 @@ def test_stage_without_a_key_is_never_kept(tmp_path: Path):
     assert calls == ["hello", "hello"]
 
 
+@pytest.mark.parametrize(
+    ("resume", "key", "finished", "goes_on"),
+    [
+        (True, {"in": 1}, False, True),
+        (False, {"in": 1}, False, False),
+        (True, {"in": 2}, False, False),
+        (True, None, False, False),
+        (True, {"in": 1}, True, False),
+    ],
+    ids=["interrupted", "not resumed", "other input", "unknown input", "finished"],
+)
+def test_a_stage_that_began_is_gone_on_with(
+    tmp_path: Path, resume: bool, key: dict | None, finished: bool, goes_on: bool
+):
+    """Only with resume, the same key, and where it did not end; also when another stage was recorded in between."""
+    first = folder(tmp_path)
+    assert not first.begin("one", {"in": 1})
+    if finished:
+        first.stage("one", {"in": 1}, ["a.txt"], writer(first, "hello", []), lambda: "")
+    second = folder(tmp_path, resume=resume)
+    second.stage("zero", {}, [], lambda: None, lambda: None)
+
+    assert second.begin("one", key) == goes_on
+
+
 def test_stages_of_another_version_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another version of the program may compute otherwise: its stages are made again."""
     calls: list[str] = []

@@ -77,3 +77,18 @@ def test_engines_are_those_that_are_wanted_and_have_a_model(sections: dict[str, 
     plan = RunPlan(config(**sections), "tensorrt")
 
     assert [engine.name.removesuffix(", tensorrt") for engine in plan.engines] == names
+
+
+def test_other_modes_stand_beside_the_static_models() -> None:
+    """ONNX Runtime runs and times them on the CPU; TensorRT builds the weight-only one, and has no dynamic kernels."""
+    modes = {"modes": ["static", "dynamic", "weight-only"]}
+    here, there = (RunPlan(config(quantize=modes), backend) for backend in ("onnxruntime", "tensorrt"))
+
+    assert [(item.name, item.file) for item in here.variants[-2:]] == [
+        ("INT8 dynamic, cpu", "modes/dynamic.onnx"),
+        ("INT8 weight-only, cpu", "modes/weight-only.onnx"),
+    ]
+    assert [model.timed for model in here.measured[-2:]] == [True, True]
+    assert there.engines[-1].name == "INT8 weight-only, tensorrt"
+    assert there.engines[-1].file == "modes/weight-only.int8.engine"
+    assert not any("dynamic" in engine.name for engine in there.engines)

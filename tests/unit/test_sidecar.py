@@ -14,6 +14,7 @@ import pytest
 
 from calibrators.errors import FileAccessError
 from engines.errors import EngineLoadError
+from engines.placement_options import PlacementOptions
 from engines.runner import TensorSpec
 from engines.sidecar import (
     Environment,
@@ -188,6 +189,45 @@ def test_the_command_that_builds_it_again(tmp_path: Path) -> None:
     assert shlex.split(build_command(plan, sidecar(profiles=()), HERE))[5:] == rebuilt
 
 
+def test_the_command_where_the_typed_model_is_gone(tmp_path: Path) -> None:
+    """From the FP32 model and its calibration: method, percentile and every option of the placement."""
+    plan = tmp_path / "m.int8.engine"
+    options = PlacementOptions("float", "int8", ["head.*"], ["n_1", "n_2"])
+    origin = Provenance("percentile 99.9", "11", options)
+    gone = sidecar(model="m.int8.engine.onnx", calibration=origin, profiles=())
+    rebuilt = ["--output", str(tmp_path / "rebuilt")]
+
+    assert shlex.split(build_command(plan, gone, HERE)) == [
+        *("trt-int8", "build", "m.onnx", "--precision", "int8", "--calibration", "FILE"),
+        *("--method", "percentile", "--percentile", "99.9", *options.words(), *rebuilt),
+    ]
+    foreign = sidecar(model="m.int8.engine.onnx", calibration=Provenance("as in the model", None), profiles=())
+    assert shlex.split(build_command(plan, foreign, HERE))[5:] == ["--calibration", "FILE", *rebuilt]
+    half = sidecar(model="m.fp16.engine.onnx", precision="fp16", calibration=None, profiles=())
+    assert shlex.split(build_command(plan, half, HERE))[2:] == [
+        *("m.onnx", "--precision", "fp16", "--calibration", "FILE", *rebuilt)
+    ]
+    full = sidecar(model="m.fp32.engine.onnx", precision="fp32", calibration=None, profiles=())
+    assert shlex.split(build_command(plan, full, HERE))[2:] == ["m.onnx", "--precision", "fp32", *rebuilt]
+    (tmp_path / "m.int8.engine.onnx").touch()
+    assert shlex.split(build_command(plan, gone, HERE))[2:] == [
+        *(str(tmp_path / "m.int8.engine.onnx"), "--precision", "int8", *rebuilt)
+    ]
+
+
+def test_the_options_of_the_placement_are_kept(plan: Path) -> None:
+    """Read back as they were; a sidecar from before they were kept says that nothing tells."""
+    options = PlacementOptions("float", "int8", ["a"], ["b"])
+    kept = sidecar(calibration=Provenance("entropy", "11", options))
+    write_sidecar(plan, kept)
+    assert read_sidecar(plan) == kept
+
+    earlier = json.loads(sidecar_path(plan).read_text())
+    del earlier["calibration"]["placement"]
+    sidecar_path(plan).write_text(json.dumps(earlier))
+    assert read_sidecar(plan) == sidecar(calibration=Provenance("entropy", "11"))
+
+
 @pytest.mark.parametrize(("release", "way"), [("10.3.0", "--implicit --data DATA"), ("11.4.0", "--calibration FILE")])
 def test_scales_of_a_calibrator_are_asked_for_again(release: str, way: str) -> None:
     """The model beside such a plan is an FP32 model; from TensorRT 11 on there are no calibrators."""
@@ -224,5 +264,5 @@ def test_the_file_is_json_that_people_can_read(plan: Path) -> None:
 
     assert data["environment"]["gpu"] == "NVIDIA L4"
     assert data["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 3, None]}]
-    assert data["calibration"] == {"method": "entropy", "sha256": "11"}
+    assert data["calibration"] == {"method": "entropy", "sha256": "11", "placement": None}
     assert data["profiles"] == [{"x": [[1, 3, 8], [2, 3, 8], [4, 3, 16]]}]

@@ -20,10 +20,10 @@ from engines.size import external_files, measure_sizes
 
 
 def test_bytes_by_type_and_file(tiny_model: Path) -> None:
-    """The tiny net holds 4*3*3*3 + 4 + 7*256 + 7 floats, and its file a little more than their bytes."""
+    """The tiny net holds 8*3*3*3 + 8 + 16*512 + 16 floats, and its file a little more than their bytes."""
     (size,) = measure_sizes([tiny_model])
 
-    assert size.weight_bytes == {"FLOAT": 4 * (108 + 4 + 1792 + 7)}
+    assert size.weight_bytes == {"FLOAT": 4 * (216 + 8 + 8192 + 16)}
     assert size.file_bytes == tiny_model.stat().st_size
     assert size.ratio == 1.0
     assert size.to_json() == {
