@@ -6,13 +6,15 @@ READY := $(VENV)/.ready
 SIMULATION := $(VENV)/.trtsim
 TESTS ?= tests
 
-.PHONY: demo test lint format bench-calibration clean help
+.PHONY: demo test lint format bench-calibration bench-gpu bench-int8 clean help
 
 help:
 	@echo "make demo    run the whole pipeline on scikit-learn's digits; the report lands in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make bench-calibration  what calibration costs, as a ratio to plain inference"
+	@echo "make bench-gpu          how fast a GPU counts histograms, against the speed at which it copies memory"
+	@echo "make bench-int8  INT8 on this CPU beside FP32 and other quantizers; rewrites docs/int8-cpu.md"
 	@echo "make clean   remove the virtual environment and caches (runs/ is kept)"
 
 $(READY): pyproject.toml constraints.txt
@@ -44,7 +46,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench-calibration: $(READY)
-	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/calibration.py --output docs/calibration-benchmark.md
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu_histogram.py
+
+bench-int8: $(READY)
+	$(BIN)/python benchmarks/int8_cpu.py --output docs/int8-cpu.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -1,21 +1,26 @@
-"""What calibration costs, as a ratio to plain inference of the same batches, and whether its memory stays flat.
+"""What calibration costs, as a ratio to plain inference of the same batches, beside ONNX Runtime's and ModelOpt's.
 
-    python benchmarks/calibration.py [--models resnet50 mobilenetv2 bert] [--rounds 5] [--threads 2]
+    python benchmarks/calibration.py [--models resnet50 mobilenetv2 bert] [--rounds 5] [--threads 2] [--output FILE.md]
 
 Plain inference is ONNX Runtime on the FP32 model as exported, nothing collected, in two arrangements: one session of
 all threads, and one worker of one thread for each. The faster one is 1.0. Rounds are interleaved: on a shared machine
 only figures of the same minute can be compared. Set-up (preparing the graph, making sessions) is listed and not in the
 ratios. CPU time counts what the process used, other jobs on the machine left out; the table gives both.
+
+Peers run in processes of their own (`calibration_peers.py`) on fewer batches, twice as many the second time, which
+shows how their memory grows. ModelOpt is left out where it cannot be imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +29,7 @@ from typing import Any
 
 import calibration_models
 import onnxruntime
+from calibration_peers import PEERS, run_in_threads
 
 from calibrators.calibration import SEARCHES, Calibration, Fingerprint
 from calibrators.collector import ActivationStatistics, collect
@@ -35,6 +41,9 @@ from trt_int8.machine import read_machine
 
 BATCHES = {"resnet50": 24, "mobilenetv2": 200, "bert": 60}
 """Batches of a round, which takes about two seconds."""
+
+PEER_BATCHES = {"resnet50": 6, "mobilenetv2": 24, "bert": 12}
+"""Batches of a peer, which takes ten to forty times as long; and then twice as many, for its memory."""
 
 MEMORY_BATCHES = (50, 1000)
 
@@ -56,34 +65,91 @@ class Times:
 
 
 def main() -> None:
-    """Run the benchmark and print its tables."""
+    """Run the benchmark, print its tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=calibration_models.MODELS, choices=calibration_models.MODELS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--output", type=Path, help="a Markdown file for the tables")
     options = parser.parse_args()
+    out = Output([])
     with tempfile.TemporaryDirectory() as folder:
         cpu = read_machine().cpu
-        print(
+        out.say("# What calibration costs\n")
+        out.say(
             f"{cpu.model}, {cpu.cores_usable} of {cpu.cores_logical} cores, {', '.join(cpu.features)}; "
-            f"ONNX Runtime {onnxruntime.__version__}, {options.threads} threads\n"
+            f"ONNX Runtime {onnxruntime.__version__}, {options.threads} threads; load of the machine before "
+            f"{os.getloadavg()[0]:.1f}. Made by `python benchmarks/calibration.py`; ratios are to plain inference of "
+            "the same batches in its faster arrangement, median of the rounds (lowest to highest).\n"
         )
-        print("| model | variant | wall ms/batch | ratio (lowest to highest) | CPU ratio |\n|---|---|---|---|---|")
-        notes = [measure(name, Path(folder), options.rounds, options.threads) for name in options.models]
-        print("\n" + "\n".join(notes))
+        out.say("| model | variant | wall ms/batch | ratio | CPU ratio |\n|---|---|---|---|---|")
+        notes = [measure(name, Path(folder), options.rounds, options.threads, out) for name in options.models]
+        out.say("\n" + "\n".join(f"- {note}" for note in notes))
+        if not options.no_peers:
+            compare(options.models, Path(folder), options.threads, out)
         peaks = [peak_memory(Path(folder), batches) for batches in MEMORY_BATCHES]
     change = 100 * (peaks[1] / peaks[0] - 1)
-    print(
+    out.say(
         f"\nPeak memory of a small model: {peaks[0]:.1f} MiB with {MEMORY_BATCHES[0]} batches, {peaks[1]:.1f} MiB with "
-        f"{MEMORY_BATCHES[1]} ({change:+.1f} %)"
+        f"{MEMORY_BATCHES[1]} ({change:+.1f} %); load of the machine at the end {os.getloadavg()[0]:.1f}"
     )
+    if options.output is not None:
+        options.output.write_text("\n".join(out.lines) + "\n")
 
 
-def measure(name: str, folder: Path, rounds: int, threads: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Prints lines, and keeps them."""
+
+    lines: list[str]
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.lines.append(line)
+        print(line, flush=True)
+
+
+def compare(models: Sequence[str], folder: Path, threads: int, out: Output) -> None:
+    """Run ours and the peers in processes of their own."""
+    methods = ["ours", "ours-minmax", *PEERS]
+    if importlib.util.find_spec("modelopt") is None:
+        methods = [method for method in methods if not method.startswith("modelopt")]
+        out.say("\nModelOpt is not installed and is left out.")
+    out.say(
+        "\n| model | calibrator | collecting / plain | searching / plain | set-up s | peak MiB | MiB a batch more |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for name in models:
+        count = PEER_BATCHES[name]
+        plain = _in_process(folder / f"{name}.onnx", name, "plain", str(2 * count), str(threads))
+        out.say(f"| {name} | none: plain inference | | | | {plain['peak_mib']:.0f} | |")
+        for method in methods:
+            file = folder / f"{name}.onnx"
+            first = _in_process(file, name, method, str(count), str(threads), "memory")
+            second = _in_process(file, name, method, str(2 * count), str(threads))
+            growth = (second["peak_mib"] - first["peak_mib"]) / count
+            out.say(
+                f"| {name} | {method} | {second['collect_s'] / second['plain_s']:.2f} | "
+                f"{second['search_s'] / second['plain_s']:.2f} | {second['setup_s']:.1f} | {second['peak_mib']:.0f} | "
+                f"{growth:.1f} |"
+            )
+
+
+def _in_process(model: Path, *arguments: str) -> dict[str, float]:
+    script = Path(__file__).with_name("calibration_peers.py")
+    command = [sys.executable, str(script), str(model), *arguments]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    found: dict[str, float] = json.loads(lines[-1])
+    return found
+
+
+def measure(name: str, folder: Path, rounds: int, threads: int, out: Output) -> str:
     """Print the rows of one model; return a line on its set-up and its threshold searches."""
     file = folder / f"{name}.onnx"
     calibration_models.build(name, file)
-    data = [Batch(feeds) for feeds in calibration_models.batches(name, BATCHES[name])]
+    feeds = list(calibration_models.batches(name, BATCHES[name]))
+    data = [Batch(dict(found)) for found in feeds]
     started = time.perf_counter()
     prepared = prepare(file)
     preparing = time.perf_counter() - started
@@ -103,9 +169,10 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> str:
 
     variants: dict[str, Callable[[], object]] = {
         f"plain, 1 x {threads} threads": plain,
-        f"plain, {threads} x 1 thread": lambda: run_in_threads(single, data, threads),
-        f"calibrate, {len(tensors)} tensors": lambda: collect(both),
-        f"calibrate, {len(fewer)} tensors of TensorRT's placement": lambda: collect(one),
+        f"plain, {threads} x 1 thread": lambda: run_in_threads(single, feeds, threads),
+        f"calibrate, {len(tensors)} tensors": lambda: collect(both, total=len(data)),
+        f"calibrate, {len(fewer)} tensors of TensorRT's placement": lambda: collect(one, total=len(data)),
+        f"ranges alone, {len(tensors)} tensors": lambda: collect(both, total=len(data), statistics="minmax"),
     }
     times: dict[str, list[Times]] = {variant: [] for variant in variants}
     for run in variants.values():
@@ -122,31 +189,11 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> str:
         ratios = [mine.wall / plain_time.wall for mine, plain_time in pairs]
         cpu = statistics.median(mine.cpu / plain_time.cpu for mine, plain_time in pairs)
         wall = 1e3 * statistics.median(mine.wall for mine in found) / len(data)
-        print(
+        out.say(
             f"| {name} | {variant} | {wall:.1f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {cpu:.2f} |",
-            flush=True,
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {cpu:.2f} |"
         )
     return f"{name}: graph prepared in {preparing:.1f} s, sessions in {opening:.1f} s; {searches(collect(both))}"
-
-
-def run_in_threads(session: onnxruntime.InferenceSession, data: Sequence[Batch], threads: int) -> None:
-    """Run the model on all batches, several at a time."""
-    batches, lock = iter(data), threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            session.run(None, batch.feeds)
-
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
 
 
 def searches(found: ActivationStatistics) -> str:
