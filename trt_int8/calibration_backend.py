@@ -78,7 +78,7 @@ def choose_calibration_backend(
     """
     check_choice("backend", requested, CalibrationBackendChoice)
     if requested == "onnxruntime":
-        return _on_processor("as asked for")
+        return _on_processor("on the processor")
     driver = cuda or read_cuda_driver()
     attempts: dict[str, Callable[[], CalibrationBackend]] = {
         "cuda": lambda: _provider(driver, compiler, provider),

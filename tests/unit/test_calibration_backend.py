@@ -24,7 +24,7 @@ def test_the_processor_is_taken_unless_something_else_is_asked_for() -> None:
     """On a machine with a GPU too; the version of ONNX Runtime is kept."""
     backend = choose_calibration_backend(cuda=ONE)
 
-    assert (backend.name, backend.reason, backend.on_gpu) == ("onnxruntime", "as asked for", False)
+    assert (backend.name, backend.reason, backend.on_gpu) == ("onnxruntime", "on the processor", False)
     assert backend.settings == {"backend": "onnxruntime", "onnxruntime": onnxruntime.__version__}
 
 
