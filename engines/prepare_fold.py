@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -82,16 +83,16 @@ class _Folder:
         weight = _weight(gemm) if alpha != 1.0 else None
         stem = str(gemm.outputs[0].name)
         scaled = None if weight is None else _scaled(weight, np.asarray(alpha))
+        moved = _scaled(bias, np.asarray(beta)) if fold_bias and bias is not None else None
+        fold_bias = fold_bias and (bias is None or moved is not None)
         if scaled is None and not fold_bias:
             return False
         if scaled is not None:
             gemm.replace_input_with(1, self._initializer(f"{stem}_weight", scaled))
             gemm.attributes.pop("alpha")
         if fold_bias:
-            if bias is not None:
-                gemm.replace_input_with(
-                    2, self._initializer(f"{stem}_bias", (bias * np.float64(beta)).astype(bias.dtype))
-                )
+            if moved is not None:
+                gemm.replace_input_with(2, self._initializer(f"{stem}_bias", moved))
             gemm.attributes.pop("beta")
         return True
 
@@ -107,10 +108,10 @@ class _Folder:
         if bias is None or (node.op_type == "MatMul" and _rank(norm.inputs[0]) != 2):
             return False
         scaled = _scale_outputs(node, weight, affine.scale)
-        if scaled is None:
+        moved = _rounded(bias * affine.scale + affine.shift, weight.dtype)
+        if scaled is None or moved is None:
             return False
-        stem = str(norm.outputs[0].name)
-        inputs = [node.inputs[0], *self._stored(stem, scaled, bias * affine.scale + affine.shift)]
+        inputs = [node.inputs[0], *self._stored(str(norm.outputs[0].name), scaled, moved)]
         self._replace(norm, node, inputs)
         return True
 
@@ -132,9 +133,10 @@ class _Folder:
             if weight is None or flat is None or _rank(product) != 2 or _rank(add.outputs[0]) != 2:
                 return False
             scaled = _scale_outputs(matmul, weight, affine.scale)
-            if scaled is None:
+            moved = _rounded(flat * affine.scale + affine.shift, weight.dtype)
+            if scaled is None or moved is None:
                 return False
-            stored, shifted = self._stored(str(norm.outputs[0].name), scaled, flat * affine.scale + affine.shift)
+            stored, shifted = self._stored(str(norm.outputs[0].name), scaled, moved)
             matmul.replace_input_with(1, stored)
             add.replace_input_with(1 - index, shifted)
             self._take_over(add.outputs[0], norm.outputs[0])
@@ -165,13 +167,11 @@ class _Folder:
             return False
         alpha = _real(node, "alpha", 1.0)
         axes = list(range(weight.ndim))
-        moved = np.einsum(weight, axes, np.broadcast_to(shift, weight.shape), axes, [1 - axis], dtype=np.float64)
-        scaled = _scaled(weight, factor)
-        if scaled is None:
+        shifted = np.einsum(weight, axes, np.broadcast_to(shift, weight.shape), axes, [1 - axis], dtype=np.float64)
+        scaled, moved = _scaled(weight, factor), _rounded(bias + alpha * shifted, weight.dtype)
+        if scaled is None or moved is None:
             return False
-        target = norm.inputs[0]
-        name = str(node.outputs[0].name)
-        inputs = [target, *self._stored(name, scaled, bias + alpha * moved)]
+        inputs = [norm.inputs[0], *self._stored(str(node.outputs[0].name), scaled, moved)]
         self._replace(node, node, inputs)
         self._graph.remove(norm, safe=True)
         return True
@@ -204,7 +204,7 @@ class _Folder:
     def _stored(self, stem: str, weight: Array, bias: Array) -> tuple[ir.Value, ir.Value]:
         return (
             self._initializer(f"{stem}_weight", weight),
-            self._initializer(f"{stem}_bias", bias.astype(weight.dtype)),
+            self._initializer(f"{stem}_bias", bias),
         )
 
     def _initializer(self, stem: str, array: Array) -> ir.Value:
@@ -299,6 +299,13 @@ def _scaled(weight: Array, factor: Array) -> Array | None:
     with np.errstate(over="ignore"):
         np.multiply(weight, factor, out=result, dtype=np.float64, casting="same_kind")
     return result if np.isfinite([result.min(initial=0), result.max(initial=0)]).all() else None
+
+
+def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
+    """Return values in a type; None where one of them overflows there."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype)
+    return rounded if np.isfinite(rounded).all() else None
 
 
 def _only_use(value: ir.Value) -> bool:

@@ -124,6 +124,19 @@ class TestBatchNormalization:
 
         assert check(graph, {"x": ROWS}) == ["Gemm"]
 
+    def test_a_bias_that_would_overflow_is_left_where_it_is(self, graph_builder: Any, tmp_path: Path) -> None:
+        """No constant becomes infinite: the shift of 1e38, times weights of 100, is beyond FP32; so is 4 * 3e38."""
+        graph = graph_builder()
+        parameters = [graph.constant(np.full(4, value, np.float32)) for value in (1, 1e38, 0, 1)]
+        x = graph.node("BatchNormalization", [graph.input("x", ("N", 4)), *parameters])
+        x = graph.node("Gemm", [x, graph.constant(np.full((4, 5), 100, np.float32)), graph.normal((5,))])
+        graph.node("Gemm", [x, graph.normal((5, 5)), graph.constant(np.full(5, 3e38, np.float32))], "y", beta=4.0)
+        prepared = prepare(graph.save(tmp_path / "large.onnx", ["y"])).proto.graph
+
+        assert [node.op_type for node in prepared.node] == ["BatchNormalization", "Gemm", "Gemm"]
+        assert [attribute.f for attribute in prepared.node[2].attribute if attribute.name == "beta"] == [4.0]
+        assert all(np.isfinite(numpy_helper.to_array(tensor)).all() for tensor in prepared.initializer)
+
     @pytest.mark.parametrize("obstacle", ["second reader", "graph output", "time axis"])
     def test_where_it_cannot_be_folded_it_stays(self, obstacle: str, graph_builder: Any, check: Checked) -> None:
         """Another reader needs the value between; on rank 3 its channels are not those of the MatMul."""
