@@ -1,16 +1,22 @@
 """The loops that count magnitudes: they see every activation of every batch, and so decide how fast calibration is.
 
 A processor stores once a cycle, so that it cannot count more than one value a cycle; all other work has to be small
-beside that, and values that need not be counted one by one are left out. A block of 1024 values lies in the first-level
-cache while two things happen to it:
+beside that, values that need not be counted one by one are left out, and nothing may wait for memory. The values of an
+array are taken in blocks of 1024, which lie in the first-level cache while two things happen to them:
 
-- A pass over its bit patterns in vector lanes (`calibrators.lanes.sift`) finds the extreme values, turns each value
-  into its place in a window of the counters, and writes the places of those that are not zero one after the other.
-  Zeros, which are half of all values behind a ReLU, cost no more than that.
-- The counter of each place is incremented.
+- A pass over the bit patterns in vector lanes (`calibrators.lanes.sift`) finds the extremes, turns each value into its
+  place in a window of bins, and writes the places of those that are not zero one after the other. Zeros, which are half
+  of all values behind a ReLU, cost no more than that.
+- The count of each place is incremented.
+
+These counts are 16 bits wide and the same ones for all tensors, so that those that matter, 20 kB, stay in the cache.
+The counters of a tensor would not: between two batches everything else has passed through the cache, and fetching them
+one by one, in the order of the values, takes longer than counting. So the counts are added to them at the end of the
+array, in vector lanes and in the order in which they lie in memory (`calibrators.lanes.pour`), or earlier where a count
+could overflow.
 
 The window has 65536 bins: 64 octaves, up to four above the tensor's largest magnitude so far. Lower and higher values
-get its first and last place. Where one of these was incremented, the block is taken back and counted value by value.
+get its last place. Where that was incremented, the block is taken back and counted value by value.
 
 All tensors that are in the cache together are counted in one call, since calls from Python cost as much as counting
 thousands of values.
@@ -24,22 +30,24 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrators.compiled import njit, prefetch
+from calibrators.compiled import njit
 from calibrators.histogram import BINS, BINS_PER_OCTAVE, FINITE_BINS, SHIFT
-from calibrators.lanes import EXTREMES, LANES, STEP, pointer, sift
+from calibrators.lanes import EXTREMES, LANES, LAST_PLACE, STEP, pointer, pour, sift
 
-RECORD = 16
-"""Size of a tensor's record, int64: the address of its counters or 0, zeros, non-finite values; then its extremes."""
+RECORD = 4 + EXTREMES // 2
+"""Size of a tensor's record, int64: the address of its counters or 0, values, zeros, non-finite ones; its extremes."""
 
-COUNTERS, ZEROS, NONFINITE, EXTREMES_AT = 0, 1, 2, 4
+COUNTERS, COUNTED, ZEROS, NONFINITE, EXTREMES_AT = range(5)
 """What stands where in a record."""
 
-_BLOCK = 1024
-_UNROLLED = 16
-_CACHE_LINE = 16
-"""Values to a line of the cache."""
+WINDOW = LAST_PLACE + 1
+"""Number of places."""
 
-_LAST_PLACE = 2**16 - 1
+_BLOCK = 1024
+_PORTION = LAST_PLACE // _BLOCK * _BLOCK
+"""How many values are counted at most before the counts are added to the counters: none of 16 bits overflows."""
+
+_UNROLLED = 16
 _HEADROOM = 4
 """Octaves of the window above the largest magnitude so far."""
 
@@ -54,6 +62,7 @@ _SIGN = np.uint32(0x80000000)
 _ALL_BITS = np.uint32(0xFFFFFFFF)
 _ZERO = np.uint32(0)
 _ONE = np.uint32(1)
+_COUNT = np.uint16(1)
 _INFINITY = np.uint32(0x7F800000)
 _SIGNED_INFINITY = np.int32(0x7F800000)
 
@@ -61,109 +70,121 @@ carray: Any = numba.carray  # type: ignore[attr-defined]
 
 
 @njit
-def count_tensors(values: NDArray[np.int64], sizes: NDArray[np.int64], records: NDArray[np.int64]) -> None:
-    """Count arrays.
+def count_tensors(
+    values: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    records: NDArray[np.int64],
+    first: int,
+    capacity: int,
+    window: NDArray[np.uint16],
+) -> tuple[int, int]:
+    """Count arrays, until the counters of one are full.
 
     Args:
         values: addresses of float32 arrays.
-        sizes: of them.
+        sizes: of them, each at most `capacity`.
         records: addresses of the records of their counters.
+        first: index of the first array to count.
+        capacity: how many values counters hold.
+        window: (WINDOW,), all zero before and after; of the calling thread alone.
+
+    Returns:
+        The index of the array whose counters have no room for it, or the number of arrays; and how many of the values
+        counted are NaN or infinite.
     """
     places = np.empty(_BLOCK + LANES, dtype=np.uint16)
-    extremes = np.empty(EXTREMES, dtype=np.uint32)
-    for k in range(sizes.size):
+    extremes = np.empty(2 * EXTREMES, dtype=np.uint32)
+    nonfinite = 0
+    for k in range(first, sizes.size):
         record = carray(pointer(records[k]), RECORD, np.int64)
+        if record[COUNTERS] and record[COUNTED] + sizes[k] > capacity:
+            return k, nonfinite
         bits = carray(pointer(values[k]), sizes[k], np.uint32)
-        total = carray(pointer(records[k] + 8 * EXTREMES_AT), EXTREMES, np.uint32)
+        nonfinite -= record[NONFINITE]
         if record[COUNTERS]:
-            counters = carray(pointer(record[COUNTERS]), BINS, np.uint32)
-            zeros, nonfinite = _count_magnitudes(bits, counters, total, places, extremes)
+            for start in range(0, bits.size, _PORTION):
+                _count_portion(bits[start : start + _PORTION], record, window, places, extremes)
         else:
-            zeros, nonfinite = _find_range(bits, total)
-        record[ZEROS] += zeros
-        record[NONFINITE] += nonfinite
+            _find_range(bits, record)
+        nonfinite += record[NONFINITE]
+        record[COUNTED] += sizes[k]
+    return sizes.size, nonfinite
 
 
 @njit
-def _count_magnitudes(
+def _count_portion(
     bits: NDArray[np.uint32],
-    counters: NDArray[np.uint32],
-    total: NDArray[np.uint32],
+    record: NDArray[np.int64],
+    window: NDArray[np.uint16],
     places: NDArray[np.uint16],
-    extremes: NDArray[np.uint32],
-) -> tuple[int, int]:
-    """Count values other than zero.
+    room: NDArray[np.uint32],
+) -> None:
+    """Count values.
 
     Args:
         bits: (n,), the float32 patterns of the values.
-        counters: (BINS,).
-        total: (EXTREMES,), of all values so far.
+        record: of their counters.
+        window: (WINDOW,), all zero before and after.
         places: room for those of a block.
-        extremes: room for those of a block.
-
-    Returns:
-        The number of zeros, and of values that are NaN or infinite, which are not counted.
+        room: for extremes, twice.
     """
-    zeros = 0
-    nonfinite = 0
-    first = _first_bin(total)
-    window = counters[first : first + _LAST_PLACE + 1]
+    first = _first_bin(record)
+    extremes = room[:EXTREMES]
+    before = room[EXTREMES:]
+    forget(extremes)
     whole = bits.size - bits.size % STEP
     for start in range(0, whole, _BLOCK):
         size = min(_BLOCK, whole - start)
-        lowest = window[0]
-        highest = window[_LAST_PLACE]
-        forget(extremes)
-        kept = 0
-        for i in range(start, start + size, STEP):
-            for j in range(0, STEP, _CACHE_LINE):
-                prefetch(bits, i + _BLOCK + j)
-            kept = sift(bits, i, _LITERAL_SHIFT, first, places, kept, extremes)
+        before[:] = extremes
+        kept = sift(bits, start, size, _LITERAL_SHIFT, first, places, extremes)
         # Slices: numba would look whether each index is negative.
         full = places[: kept - kept % _UNROLLED]
         for i in range(0, full.size, _UNROLLED):
             for j in range(_UNROLLED):
-                window[full[i + j]] += _ONE
+                window[full[i + j]] += _COUNT
         rest = places[full.size : kept]
         for i in range(rest.size):
-            window[rest[i]] += _ONE
-        if window[0] == lowest and window[_LAST_PLACE] == highest:
-            zeros += size - kept
-            _extend(total, extremes)
+            window[rest[i]] += _COUNT
+        if window[LAST_PLACE] == 0:
+            record[ZEROS] += size - kept
         else:
             for i in range(kept):
-                window[places[i]] -= _ONE
-            block_zeros, block_nonfinite = _count_each(bits[start : start + size], counters, total)
-            zeros += block_zeros
-            nonfinite += block_nonfinite
-    last_zeros, last_nonfinite = _count_each(bits[whole:], counters, total)
-    return zeros + last_zeros, nonfinite + last_nonfinite
+                window[places[i]] -= _COUNT
+            extremes[:] = before
+            _count_each(bits[start : start + size], record)
+    _count_each(bits[whole:], record)
+    lowest, highest = _magnitudes(extremes)
+    if highest:
+        start = ((lowest >> _LITERAL_SHIFT) - first) // STEP * STEP
+        end = ((highest >> _LITERAL_SHIFT) - first) // STEP * STEP + STEP
+        counters = carray(pointer(record[COUNTERS] + 4 * first), WINDOW, np.uint32)
+        pour(window, start, end - start, counters)
+        _extend(_extremes_of(record), extremes)
 
 
 @njit
-def _count_each(block: NDArray[np.uint32], counters: NDArray[np.uint32], total: NDArray[np.uint32]) -> tuple[int, int]:
-    """Count values one by one, wherever they are; arguments and result as of `_count_magnitudes`."""
-    zeros = 0
-    nonfinite = 0
+def _count_each(block: NDArray[np.uint32], record: NDArray[np.int64]) -> None:
+    """Count values one by one, wherever they are."""
+    counters = carray(pointer(record[COUNTERS]), BINS, np.uint32)
+    total = _extremes_of(record)
     for i in range(block.size):
         magnitude = np.uint32(block[i] & _MAGNITUDE)
         if magnitude >= _INFINITY:
-            nonfinite += 1
-            continue
-        if magnitude == _ZERO:
-            zeros += 1
+            record[NONFINITE] += 1
+        elif magnitude == _ZERO:
+            record[ZEROS] += 1
         else:
             counters[magnitude >> _SHIFT] += _ONE
-        _extend_by(total, block[i], block[i], block[i])
-    return zeros, nonfinite
+            _extend_by(total, block[i], block[i], magnitude - _ONE)
 
 
 @njit
-def _find_range(bits: NDArray[np.uint32], total: NDArray[np.uint32]) -> tuple[int, int]:
-    """Find extremes without counting; arguments and result as of `_count_magnitudes`."""
+def _find_range(bits: NDArray[np.uint32], record: NDArray[np.int64]) -> None:
+    """Find extremes without counting, except for zeros."""
+    total = _extremes_of(record)
     signed_maximum = np.int32(-(2**31))
     unsigned_maximum = _ZERO
-    unsigned_minimum = _ALL_BITS
+    least = _ALL_BITS
     zeros = 0
     for start in range(0, bits.size, 2**30):
         # Slices, not offsets: LLVM does not vectorise a loop whose index has a variable added to it.
@@ -171,21 +192,27 @@ def _find_range(bits: NDArray[np.uint32], total: NDArray[np.uint32]) -> tuple[in
         block_zeros = _ZERO
         for i in range(block.size):
             pattern = block[i]
+            magnitude = np.uint32(pattern & _MAGNITUDE)
             signed_maximum = max(signed_maximum, np.int32(pattern))
             unsigned_maximum = max(unsigned_maximum, pattern)
-            unsigned_minimum = min(unsigned_minimum, pattern)
-            block_zeros = np.uint32(block_zeros + np.uint32(np.uint32(pattern & _MAGNITUDE) == _ZERO))
+            least = min(least, np.uint32(magnitude - _ONE))
+            block_zeros = np.uint32(block_zeros + np.uint32(magnitude == _ZERO))
         zeros += int(block_zeros)
+    record[ZEROS] += zeros
     if np.uint32(unsigned_maximum & _MAGNITUDE) < _INFINITY and signed_maximum < _SIGNED_INFINITY:
-        _extend_by(total, np.uint32(signed_maximum), unsigned_maximum, unsigned_minimum)
-        return zeros, 0
-    nonfinite = 0
+        _extend_by(total, np.uint32(signed_maximum), unsigned_maximum, least)
+        return
     for i in range(bits.size):
-        if np.uint32(bits[i] & _MAGNITUDE) >= _INFINITY:
-            nonfinite += 1
-        else:
-            _extend_by(total, bits[i], bits[i], bits[i])
-    return zeros, nonfinite
+        magnitude = np.uint32(bits[i] & _MAGNITUDE)
+        if magnitude >= _INFINITY:
+            record[NONFINITE] += 1
+        elif magnitude != _ZERO:
+            _extend_by(total, bits[i], bits[i], np.uint32(magnitude - _ONE))
+
+
+@njit
+def _extremes_of(record: NDArray[np.int64]) -> NDArray[np.uint32]:
+    return carray(pointer(record.ctypes.data + 8 * EXTREMES_AT), EXTREMES, np.uint32)
 
 
 @njit
@@ -207,45 +234,58 @@ def _extend(total: NDArray[np.uint32], extremes: NDArray[np.uint32]) -> None:
 
 
 @njit
-def _extend_by(
-    total: NDArray[np.uint32], signed_maximum: np.uint32, unsigned_maximum: np.uint32, unsigned_minimum: np.uint32
-) -> None:
+def _extend_by(total: NDArray[np.uint32], signed: np.uint32, unsigned: np.uint32, least: np.uint32) -> None:
     """Take other values' extremes into `total`, in its first lanes."""
-    total[0] = np.uint32(max(np.int32(total[0]), np.int32(signed_maximum)))
-    total[LANES] = max(total[LANES], unsigned_maximum)
-    total[2 * LANES] = min(total[2 * LANES], unsigned_minimum)
+    total[0] = np.uint32(max(np.int32(total[0]), np.int32(signed)))
+    total[LANES] = max(total[LANES], unsigned)
+    total[2 * LANES] = min(total[2 * LANES], least)
 
 
 @njit
-def signed_extremes(total: NDArray[np.uint32]) -> tuple[np.float32, np.float32, bool]:
+def _joined(extremes: NDArray[np.uint32]) -> tuple[np.int32, np.uint32, np.uint32]:
+    """Return the extremes of all lanes; the last is the smallest magnitude that is not zero, and 0 where none is."""
+    signed = np.int32(-(2**31))
+    unsigned = _ZERO
+    least = _ALL_BITS
+    for lane in range(LANES):
+        signed = max(signed, np.int32(extremes[lane]))
+        unsigned = max(unsigned, extremes[LANES + lane])
+        least = min(least, extremes[2 * LANES + lane])
+    return signed, unsigned, np.uint32(least + _ONE)
+
+
+@njit
+def _magnitudes(extremes: NDArray[np.uint32]) -> tuple[np.uint32, np.uint32]:
+    """Return the smallest magnitude that is not zero, and the largest, as patterns; zeros where there is none."""
+    signed, unsigned, least = _joined(extremes)
+    positive = np.uint32(max(signed, np.int32(0)))
+    negative = np.uint32(unsigned & _MAGNITUDE) if unsigned >= _SIGN else _ZERO
+    return least, max(positive, negative)
+
+
+@njit
+def signed_extremes(extremes: NDArray[np.uint32], zeros: int) -> tuple[np.float32, np.float32, bool]:
     """Return the smallest and the largest value, and whether there was any.
 
-    Comparing floats does not vectorise, because of NaN; comparing integers does. Read as signed integers, non-negative
-    floats ascend, and lie above all negative ones: the signed maximum is the largest value. Read as unsigned integers,
+    Comparing floats does not vectorise, because of NaN; comparing integers does. Read as signed integers, positive
+    floats ascend, and lie above all others: the signed maximum is the largest value. Read as unsigned integers,
     negative floats lie above all others and ascend with their magnitude: the unsigned maximum is the smallest value. If
-    there is no such value, all have the same sign, and the unsigned minimum is the one nearest to zero.
+    there is no such value, it is zero or, where there is no zero, the one nearest to it.
     """
-    signed_maximum = np.int32(-(2**31))
-    unsigned_maximum = _ZERO
-    unsigned_minimum = _ALL_BITS
-    for lane in range(LANES):
-        signed_maximum = max(signed_maximum, np.int32(total[lane]))
-        unsigned_maximum = max(unsigned_maximum, total[LANES + lane])
-        unsigned_minimum = min(unsigned_minimum, total[2 * LANES + lane])
-    low = unsigned_maximum if unsigned_maximum >= _SIGN else unsigned_minimum
-    high = np.uint32(signed_maximum) if signed_maximum >= 0 else unsigned_minimum
-    return np.uint32(low).view(np.float32), np.uint32(high).view(np.float32), bool(unsigned_minimum <= unsigned_maximum)
+    signed, unsigned, least = _joined(extremes)
+    nearest = _ZERO if zeros else least
+    low = unsigned if unsigned > _SIGN else nearest
+    high = np.uint32(signed) if signed > 0 else np.uint32(nearest | _SIGN)
+    return np.uint32(low).view(np.float32), np.uint32(high).view(np.float32), bool(zeros or least)
 
 
 @njit
-def _first_bin(total: NDArray[np.uint32]) -> int:
+def _first_bin(record: NDArray[np.int64]) -> int:
     """Return the bin that place 0 of the window stands for; the window ends before the bins of infinity."""
-    low, high, some = signed_extremes(total)
-    exponent = _USUAL_EXPONENT
-    if some:
-        exponent = int(np.float32(max(abs(low), abs(high))).view(np.uint32) >> np.uint32(23))
+    highest = _magnitudes(_extremes_of(record))[1]
+    exponent = int(highest >> np.uint32(23)) if highest else _USUAL_EXPONENT
     end = min((exponent + 1 + _HEADROOM) * BINS_PER_OCTAVE, FINITE_BINS)
-    return max(end - (_LAST_PLACE + 1), 0)
+    return max(end - WINDOW, 0)
 
 
 @njit

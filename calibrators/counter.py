@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 
 from calibrators.compiled import njit
 from calibrators.count_kernel import (
+    COUNTED,
     COUNTERS,
     EXTREMES_AT,
     NONFINITE,
     RECORD,
+    WINDOW,
     ZEROS,
     count_tensors,
     filled,
@@ -23,14 +26,15 @@ from calibrators.count_kernel import (
 from calibrators.histogram import BINS, MagnitudeHistogram, bins_of
 from calibrators.magnitude_range import MagnitudeRange
 
-_CAPACITY = 2**32 - 1
+
+CAPACITY = 2**32 - 1
 """How many values may be counted before the counters must be emptied: no counter of 32 bits can overflow by then."""
 
 
 class RangeCounter:
     """Keeps the range of one tensor, batch by batch."""
 
-    __slots__ = ("_counted", "_extremes", "_record", "_record_at")
+    __slots__ = ("_extremes", "_record", "_record_at")
 
     def __init__(self) -> None:
         self._record = np.zeros(RECORD, dtype=np.int64)
@@ -39,8 +43,7 @@ class RangeCounter:
         self._reset()
 
     def _reset(self) -> None:
-        self._counted = 0
-        self._record[ZEROS] = self._record[NONFINITE] = 0
+        self._record[COUNTED] = self._record[ZEROS] = self._record[NONFINITE] = 0
         forget(self._extremes)
 
     @property
@@ -58,17 +61,13 @@ class RangeCounter:
     def range(self) -> MagnitudeRange:
         """Return the range of everything counted so far."""
         minimum, maximum = self._minimum_and_maximum()
-        finite = self._counted - int(self._record[NONFINITE])
+        finite = int(self._record[COUNTED] - self._record[NONFINITE])
         return MagnitudeRange(finite, minimum, maximum, int(self._record[ZEROS]), self.nonfinite)
 
     def _minimum_and_maximum(self) -> tuple[float, float]:
-        low, high, some = signed_extremes(self._extremes)
+        low, high, some = signed_extremes(self._extremes, int(self._record[ZEROS]))
         # Adding 0.0 turns -0.0 into 0.0, so that the order of the two zeros in the data cannot show.
         return (float(low) + 0.0, float(high) + 0.0) if some else (0.0, 0.0)
-
-    def _expect(self, size: int) -> None:
-        """Make room for `size` values."""
-        self._counted += size
 
 
 class MagnitudeCounter(RangeCounter):
@@ -104,23 +103,63 @@ class MagnitudeCounter(RangeCounter):
         counted = MagnitudeHistogram(bins, counts, minimum, maximum, zeros=zeros, nonfinite=nonfinite)
         return self._earlier.merge(counted) if self._earlier else counted
 
-    def _expect(self, size: int) -> None:
-        if self._counted + size > _CAPACITY:
-            self._earlier = self.histogram()
-            self._counters[:] = 0
-            self._reset()
-        super()._expect(size)
+    def make_room(self) -> None:
+        """Empty the counters, which are full; what they held is kept."""
+        self._earlier = self.histogram()
+        self._counters[:] = 0
+        self._reset()
 
 
-def count_together(counters: Sequence[RangeCounter], arrays: Sequence[NDArray[Any]]) -> None:
-    """Count arrays, each in its own counter and in one call; see `RangeCounter.update`."""
+class Counting:
+    """Arrays that are counted in one call, each in its own counter; again and again if they are filled anew.
+
+    Args:
+        counters: one for each array.
+        arrays: float32, C-contiguous and aligned, of at most `CAPACITY` values.
+    """
+
+    __slots__ = ("_arrays", "_counters", "_records", "_sizes", "_values")
+
+    def __init__(self, counters: Sequence[RangeCounter], arrays: Sequence[NDArray[np.float32]]) -> None:
+        self._counters = counters
+        self._arrays = arrays  # kept alive, as only their addresses are known below
+        self._values = np.array([_address(values) for values in arrays], dtype=np.int64)
+        self._sizes = np.array([values.size for values in arrays], dtype=np.int64)
+        self._records = np.array([counter._record_at for counter in counters], dtype=np.int64)
+
+    def count(self) -> int:
+        """Count what the arrays hold now; return how many of the values are NaN or infinite."""
+        first = nonfinite = 0
+        while True:
+            first, found = count_tensors(self._values, self._sizes, self._records, first, CAPACITY, _window())
+            nonfinite += found
+            if first == len(self._sizes):
+                return nonfinite
+            full = self._counters[first]
+            if isinstance(full, MagnitudeCounter):
+                full.make_room()
+
+
+def count_together(counters: Sequence[RangeCounter], arrays: Sequence[NDArray[Any]]) -> int:
+    """Count arrays, each in its own counter and in one call; see `RangeCounter.update`.
+
+    Returns:
+        How many of the values are NaN or infinite.
+    """
     flat = [_flat(array) for array in arrays]
-    if all(values.size <= _CAPACITY for values in flat):
-        _count_flat(counters, flat)
-        return
-    for counter, values in zip(counters, flat, strict=True):
-        for start in range(0, values.size, _CAPACITY):
-            _count_flat([counter], [values[start : start + _CAPACITY]])
+    if all(values.size <= CAPACITY for values in flat):
+        return Counting(counters, flat).count()
+    return sum(
+        Counting([counter], [values[start : start + CAPACITY]]).count()
+        for counter, values in zip(counters, flat, strict=True)
+        for start in range(0, values.size, CAPACITY)
+    )
+
+
+def is_countable(array: NDArray[Any]) -> bool:
+    """Tell whether an array can be counted where it is, as `Counting` does."""
+    flags = array.flags
+    return array.dtype == np.float32 and flags.c_contiguous and flags.aligned and array.size <= CAPACITY
 
 
 def histogram_of(*arrays: NDArray[Any]) -> MagnitudeHistogram:
@@ -139,15 +178,15 @@ def _flat(array: NDArray[Any]) -> NDArray[np.float32]:
         return np.require(array, np.float32, ["C", "A"]).reshape(-1)
 
 
-def _count_flat(counters: Sequence[RangeCounter], arrays: Sequence[NDArray[np.float32]]) -> None:
-    sizes = [values.size for values in arrays]
-    for counter, size in zip(counters, sizes, strict=True):
-        counter._expect(size)
-    count_tensors(
-        np.array([_address(values) for values in arrays]),
-        np.array(sizes),
-        np.array([counter._record_at for counter in counters]),
-    )
+_rooms = threading.local()
+
+
+def _window() -> NDArray[np.uint16]:
+    """Return the counts of the calling thread, which are all zero between two calls."""
+    found: NDArray[np.uint16] | None = getattr(_rooms, "window", None)
+    if found is None:
+        found = _rooms.window = np.zeros(WINDOW, dtype=np.uint16)
+    return found
 
 
 @njit

@@ -1,13 +1,13 @@
 """Vector instructions that a compiled loop cannot be brought to use by itself, as intrinsics of numba.
 
-What is written here in LLVM's terms is what counting spends its vector time on: see `sift`. Values are handled in lanes
-of 8 at a time, in any order, since nobody asks a histogram for one.
+What is written here in LLVM's terms is what counting spends its vector time on: see `sift` and `pour`. Values are
+handled in lanes of 16 at a time, which LLVM cuts to the width that the processor has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from llvmlite import ir
@@ -20,18 +20,26 @@ from numpy.typing import NDArray
 _array_class: Any = arrayobj.make_array
 _cgutils: Any = untyped_cgutils
 
-LANES = 8
-STEP = 32
-"""Values that one call of `sift` takes."""
+LANES = 16
+STEP = 2 * LANES
+"""`sift` takes a multiple of it."""
 
 EXTREMES = 3 * LANES
-"""Size of the array in which extreme values are kept: largest signed, largest and smallest unsigned, 8 lanes each."""
+"""Size of the array in which extremes are kept, 16 lanes each: the largest pattern read as a signed number, the largest
+read as an unsigned one, and the smallest magnitude that is not zero, less one."""
 
-_BYTE, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+LAST_PLACE = 2**16 - 1
+
+Packing = Literal["compress", "shuffle", "store"]
+"""How wanted values are moved together: AVX-512's compression of 16-bit lanes, SSSE3's shuffle of bytes, or LLVM's own
+operation, which is one instruction on some processors, and a sequence of them on any."""
+
+_BIT, _BYTE, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _words = ir.VectorType(_WORD, LANES)
 _shorts = ir.VectorType(_SHORT, LANES)
-_bytes = ir.VectorType(_BYTE, 2 * LANES)
-_flags = ir.VectorType(ir.IntType(1), LANES)
+_flags = ir.VectorType(_BIT, LANES)
+_half_shorts = ir.VectorType(_SHORT, LANES // 2)
+_half_bytes = ir.VectorType(_BYTE, LANES)
 
 
 def _address(typing_context: Any, address: Any) -> Any:
@@ -46,7 +54,7 @@ pointer = cast(Callable[[int], Any], intrinsic(_address))
 
 
 def _sift(
-    typing_context: Any, values: Any, start: Any, shift: Any, first: Any, places: Any, kept: Any, extremes: Any
+    typing_context: Any, values: Any, start: Any, size: Any, shift: Any, first: Any, places: Any, extremes: Any
 ) -> Any:
     if not isinstance(shift, types.IntegerLiteral):
         return None
@@ -55,66 +63,113 @@ def _sift(
         def data(index: int) -> Any:
             return _array_class(signature.args[index])(context, builder, arguments[index]).data
 
-        def vector(array: Any, index: Any, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(array, [index]), kind.as_pointer())
-
-        def larger(one: Any, other: Any, *, signed: bool) -> Any:
-            compare = builder.icmp_signed if signed else builder.icmp_unsigned
-            return builder.select(compare(">", one, other), one, other)
-
-        def smaller(one: Any, other: Any, *, signed: bool = False) -> Any:
-            compare = builder.icmp_signed if signed else builder.icmp_unsigned
-            return builder.select(compare("<", one, other), one, other)
-
-        source, target, found = data(0), data(4), data(6)
-        lowest = _repeated(builder, builder.trunc(arguments[3], _WORD))
-        end = arguments[5]
-        patterns = []
-        for part in range(STEP // LANES):
-            index = builder.add(arguments[1], _LONG(LANES * part))
-            pattern = builder.load(vector(source, index, _words), align=4)
-            patterns.append(pattern)
-            magnitude = builder.and_(pattern, _all(0x7FFFFFFF))
-            place = builder.sub(builder.lshr(magnitude, _all(shift.literal_value)), lowest)
-            place = smaller(larger(place, _all(0), signed=True), _all(0xFFFF), signed=True)
-            wanted = builder.icmp_unsigned("!=", magnitude, _all(0))
-            end = _append(context, builder, builder.trunc(place, _shorts), wanted, target, end)
-        combinations: list[Any] = [
-            lambda one, other: larger(one, other, signed=True),
-            lambda one, other: larger(one, other, signed=False),
-            smaller,
-        ]
-        for kind, combine in enumerate(combinations):
-            state = vector(found, _LONG(LANES * kind), _words)
-            a, b, c, d = patterns
-            best = combine(combine(a, b), combine(c, d))
-            builder.store(combine(best, builder.load(state, align=4)), state, align=4)
-        return end
+        source = builder.gep(data(0), [arguments[1]])
+        target, found = data(5), data(6)
+        states = [_vector_at(builder, found, _LONG(LANES * kind)) for kind in range(3)]
+        lowest = _repeated(builder, builder.trunc(arguments[4], _WORD))
+        packing = _packing(context)
+        # Variables of the loop, which LLVM keeps in registers.
+        end = _cgutils.alloca_once_value(builder, _LONG(0))
+        best = [_cgutils.alloca_once(builder, _words) for _ in states]
+        for variable, state in zip(best, states, strict=True):
+            builder.store(builder.load(state, align=4), variable)
+        with _cgutils.for_range_slice(builder, _LONG(0), arguments[2], _LONG(STEP)) as (position, _):
+            patterns, magnitudes = [], []
+            for part in range(STEP // LANES):
+                index = builder.add(position, _LONG(LANES * part))
+                _prefetch(builder, builder.gep(source, [builder.add(index, _LONG(_AHEAD))]))
+                pattern = builder.load(_vector_at(builder, source, index), align=4)
+                patterns.append(pattern)
+                magnitude = builder.and_(pattern, _all(0x7FFFFFFF))
+                magnitudes.append(builder.sub(magnitude, _all(1)))  # that of a zero becomes the largest
+                # What lies below the first place wraps around, and gets the last one as what lies above it does.
+                place = builder.sub(builder.lshr(magnitude, _all(shift.literal_value)), lowest)
+                place = builder.trunc(_extreme(builder, "<", place, _all(LAST_PLACE)), _shorts)
+                wanted = builder.icmp_unsigned("!=", magnitude, _all(0))
+                kept = builder.load(end)
+                _store_wanted(builder, packing, place, wanted, builder.gep(target, [kept]))
+                number = builder.zext(builder.ctpop(builder.bitcast(wanted, _SHORT)), _LONG)
+                builder.store(builder.add(kept, number), end)
+            kinds = ((patterns, ">", True), (patterns, ">", False), (magnitudes, "<", False))
+            for variable, (vectors, compare, signed) in zip(best, kinds, strict=True):
+                both = _extreme(builder, compare, *vectors, signed=signed)
+                builder.store(_extreme(builder, compare, builder.load(variable), both, signed=signed), variable)
+        for variable, state in zip(best, states, strict=True):
+            builder.store(builder.load(variable), state, align=4)
+        return builder.load(end)
 
     index = types.intp
-    return index(values, index, shift, index, places, index, extremes), generate
+    return index(values, index, index, shift, index, places, extremes), generate
 
 
 sift = cast(
-    Callable[[NDArray[np.uint32], int, int, int, NDArray[np.uint16], int, NDArray[np.uint32]], int],
+    Callable[[NDArray[np.uint32], int, int, int, int, NDArray[np.uint16], NDArray[np.uint32]], int],
     intrinsic(prefer_literal=True)(_sift),
 )
-"""Take 32 values, find their extremes, and write down the places of those that are not zero; in compiled loops only.
+"""Find the extremes of values, and write down the places of those that are not zero; in compiled loops only.
 
-    place = clamp(((pattern & 0x7FFFFFFF) >> shift) - first, 0, 65535)
+    place = min((((pattern & 0x7FFFFFFF) >> shift) - first) mod 2**32, LAST_PLACE)
 
 Args:
     values: float32 patterns.
-    start: index of the first of 32.
+    start: index of the first one.
+    size: how many there are, a multiple of STEP.
     shift: a literal.
-    first: what place 0 stands for.
-    places: where they are written, in the order of the values; up to 8 further entries are written to.
-    kept: number of places before.
-    extremes: shape (EXTREMES,), largest and smallest patterns so far; brought up to date.
+    first: what place 0 stands for; what lies below it gets the last place.
+    places: where they are written, in the order of the values; up to LANES further entries are written to.
+    extremes: shape (EXTREMES,), those so far; brought up to date.
 
 Returns:
-    The number of places now.
+    The number of places.
 """
+
+
+def _pour(typing_context: Any, counts: Any, start: Any, size: Any, counters: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target = (
+            builder.gep(_array_class(signature.args[index])(context, builder, arguments[index]).data, [arguments[1]])
+            for index in (0, 3)
+        )
+        with _cgutils.for_range_slice(builder, _LONG(0), arguments[2], _LONG(STEP)) as (position, _):
+            addresses = [builder.gep(source, [builder.add(position, _LONG(part))]) for part in (0, LANES)]
+            addresses = [builder.bitcast(address, _shorts.as_pointer()) for address in addresses]
+            vectors = [builder.load(address, align=2) for address in addresses]
+            filled = builder.icmp_unsigned("!=", builder.or_(*vectors), ir.Constant(_shorts, [0] * LANES))
+            with builder.if_then(builder.icmp_unsigned("!=", builder.bitcast(filled, _SHORT), _SHORT(0))):
+                for part, (address, vector) in enumerate(zip(addresses, vectors, strict=True)):
+                    counter = _vector_at(builder, target, builder.add(position, _LONG(LANES * part)))
+                    total = builder.add(builder.load(counter, align=4), builder.zext(vector, _words))
+                    builder.store(total, counter, align=4)
+                    builder.store(ir.Constant(_shorts, [0] * LANES), address, align=2)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(counts, index, index, counters), generate
+
+
+pour = cast(Callable[[NDArray[np.uint16], int, int, NDArray[np.uint32]], None], intrinsic(_pour))
+"""Add counts to counters and make them zero; in compiled loops only.
+
+Args:
+    counts: most of them zero.
+    start: index of the first one, in both arrays.
+    size: how many there are, a multiple of STEP.
+    counters: what they are added to; those whose counts are zero are hardly touched.
+"""
+
+_AHEAD = 1024
+"""Values ahead of which the processor is asked to fetch others: its own prefetching stops at the end of a page."""
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    address = builder.bitcast(address, _cgutils.voidptr_t)
+    kind = ir.FunctionType(ir.VoidType(), [address.type, _WORD, _WORD, _WORD])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+    builder.call(function, [address, _WORD(0), _WORD(3), _WORD(1)])  # for reading, to be kept in all caches, data
+
+
+def _vector_at(builder: Any, array: Any, index: Any) -> Any:
+    return builder.bitcast(builder.gep(array, [index]), _words.as_pointer())
 
 
 def _all(value: int) -> Any:
@@ -126,30 +181,48 @@ def _repeated(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(builder.insert_element(nothing, value, _WORD(0)), nothing, _all(0))
 
 
-def _append(context: Any, builder: Any, values: Any, wanted: Any, target: Any, end: Any) -> Any:
-    """Store the wanted ones of 8 values at `target[end:]`; return the new end."""
-    mask = builder.bitcast(wanted, _BYTE)
-    address = builder.gep(target, [end])
-    if _shuffles_bytes(context):
-        kind = ir.FunctionType(_bytes, [_bytes, _bytes])
-        shuffle = _cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.ssse3.pshuf.b.128")
-        orders = _global_orders(builder)
-        order = builder.load(builder.gep(orders, [_LONG(0), builder.zext(mask, _LONG)]), align=16)
-        moved = builder.call(shuffle, [builder.bitcast(values, _bytes), order])
-        builder.store(builder.bitcast(moved, _shorts), builder.bitcast(address, _shorts.as_pointer()), align=2)
+def _extreme(builder: Any, compare: str, one: Any, other: Any, *, signed: bool = False) -> Any:
+    comparison = builder.icmp_signed if signed else builder.icmp_unsigned
+    return builder.select(comparison(compare, one, other), one, other)
+
+
+def _packing(context: Any) -> Packing:
+    """Tell how the processor that is compiled for moves values together."""
+    features = set(str(context.codegen().magic_tuple()[2]).split(","))
+    if {"+avx512vbmi2", "+avx512vl"} <= features:
+        return "compress"
+    return "shuffle" if "+ssse3" in features else "store"
+
+
+def _store_wanted(builder: Any, packing: Packing, values: Any, wanted: Any, address: Any) -> None:
+    """Store the wanted ones of 16 values one after the other; what lies behind them is undefined."""
+    if packing == "compress":
+        kind = ir.FunctionType(_shorts, [_shorts, _shorts, _flags])
+        compress = _cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i16")
+        moved = builder.call(compress, [values, ir.Constant(_shorts, ir.Undefined), wanted])
+        builder.store(moved, builder.bitcast(address, _shorts.as_pointer()), align=2)
+    elif packing == "shuffle":
+        mask = builder.bitcast(wanted, _SHORT)
+        low = builder.trunc(mask, _BYTE)
+        high = builder.trunc(builder.lshr(mask, _SHORT(8)), _BYTE)
+        number = builder.zext(builder.ctpop(low), _LONG)
+        for half, flags, place in ((0, low, address), (1, high, builder.gep(address, [number]))):
+            lanes = ir.Constant(ir.VectorType(_WORD, LANES // 2), [LANES // 2 * half + k for k in range(LANES // 2)])
+            moved = _shuffled(builder, builder.shuffle_vector(values, values, lanes), flags)
+            builder.store(moved, builder.bitcast(place, _half_shorts.as_pointer()), align=2)
     else:
         kind = ir.FunctionType(ir.VoidType(), [_shorts, address.type, _flags])
-        store = _cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.compressstore.v8i16")
+        store = _cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.compressstore.v16i16")
         builder.call(store, [values, address, wanted])
-    return builder.add(end, builder.zext(builder.ctpop(mask), _LONG))
 
 
-def _shuffles_bytes(context: Any) -> bool:
-    """Tell whether the processor that is compiled for has x86's shuffle of 16 bytes.
-
-    Elsewhere LLVM's own operation does the same, in one instruction or in eight.
-    """
-    return "+ssse3" in str(context.codegen().magic_tuple())
+def _shuffled(builder: Any, values: Any, flags: Any) -> Any:
+    """Bring the wanted ones of 8 values to the front."""
+    kind = ir.FunctionType(_half_bytes, [_half_bytes, _half_bytes])
+    shuffle = _cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.ssse3.pshuf.b.128")
+    orders = _global_orders(builder)
+    order = builder.load(builder.gep(orders, [_LONG(0), builder.zext(flags, _LONG)]), align=16)
+    return builder.bitcast(builder.call(shuffle, [builder.bitcast(values, _half_bytes), order]), _half_shorts)
 
 
 def _global_orders(builder: Any) -> Any:
@@ -158,7 +231,7 @@ def _global_orders(builder: Any) -> Any:
     if name in builder.module.globals:
         return builder.module.globals[name]
     orders = []
-    for mask in range(1 << LANES):
-        front = [2 * lane + byte for lane in range(LANES) if mask >> lane & 1 for byte in range(2)]
-        orders.append(ir.Constant(_bytes, front + [0] * (2 * LANES - len(front))))
-    return _cgutils.global_constant(builder.module, name, ir.Constant(ir.ArrayType(_bytes, len(orders)), orders))
+    for mask in range(2**8):
+        front = [2 * lane + byte for lane in range(8) if mask >> lane & 1 for byte in range(2)]
+        orders.append(ir.Constant(_half_bytes, front + [0] * (16 - len(front))))
+    return _cgutils.global_constant(builder.module, name, ir.Constant(ir.ArrayType(_half_bytes, len(orders)), orders))

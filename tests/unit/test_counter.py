@@ -140,7 +140,7 @@ def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the 32-bit counters might be full they are emptied into 64-bit ones; nothing is lost on the way."""
     batches = [np.full(7, 3.0), np.array([np.nan, -9.0, 0.0]), np.full(25, 3.0), np.zeros(10)]
     whole = histogram_of(np.concatenate(batches))
-    monkeypatch.setattr(counter, "_CAPACITY", 10)
+    monkeypatch.setattr(counter, "CAPACITY", 10)
     small = MagnitudeCounter()
 
     for batch in batches:
