@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from queue import SimpleQueue
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibrators.counter import MagnitudeCounter, RangeCounter, count_together
+from calibrators.counter import Counting, MagnitudeCounter, RangeCounter, count_together, is_countable
 from calibrators.errors import CalibrationError, EmptyCalibrationSetError, NonFiniteActivationError
 from calibrators.histogram import MagnitudeHistogram
 from calibrators.idle import IdleMeter
@@ -165,9 +166,15 @@ class _Tally:
         kind = RangeCounter if statistics == "minmax" else MagnitudeCounter
         self.counters: dict[str, RangeCounter] = {tensor: kind() for tensor in source.tensors}
         self._producer = source.producer
+        self._known: WeakKeyDictionary[object, Counting] = WeakKeyDictionary()
 
     def count(self, activations: Activations) -> None:
         """Count the tensors that there are."""
+        known = None if activations.buffers is None else self._known.get(activations.buffers)
+        if self._count_new(activations) if known is None else known.count():
+            self._find_nonfinite(activations)
+
+    def _count_new(self, activations: Activations) -> int:
         names = [tensor for tensor in self.counters if tensor in activations.values]
         arrays = [activations.values[tensor] for tensor in names]
         for tensor, values in zip(names, arrays, strict=True):
@@ -177,10 +184,15 @@ class _Tally:
                     "expected a floating dtype. Leave it out of the tensors to calibrate."
                 )
         counters = [self.counters[tensor] for tensor in names]
-        count_together(counters, arrays)
-        for tensor, counter, values in zip(names, counters, arrays, strict=True):
-            if counter.nonfinite:
-                raise _nonfinite(tensor, activations.batch, self._producer(tensor), values)
+        if activations.buffers is None or not all(is_countable(values) for values in arrays):
+            return count_together(counters, arrays)
+        counting = self._known[activations.buffers] = Counting(counters, arrays)
+        return counting.count()
+
+    def _find_nonfinite(self, activations: Activations) -> None:
+        for tensor, counter in self.counters.items():
+            if tensor in activations.values and counter.nonfinite:
+                raise _nonfinite(tensor, activations.batch, self._producer(tensor), activations.values[tensor])
 
 
 def _sum(tallies: Sequence[_Tally]) -> dict[str, MagnitudeHistogram]:

@@ -155,10 +155,10 @@ def _count_portion(
     _count_each(bits[whole:], record)
     lowest, highest = _magnitudes(extremes)
     if highest:
-        start = ((lowest >> _LITERAL_SHIFT) - first) // STEP * STEP
-        end = ((highest >> _LITERAL_SHIFT) - first) // STEP * STEP + STEP
+        low = (int(lowest >> _SHIFT) - first) // STEP * STEP
+        end = (int(highest >> _SHIFT) - first) // STEP * STEP + STEP
         counters = carray(pointer(record[COUNTERS] + 4 * first), WINDOW, np.uint32)
-        pour(window, start, end - start, counters)
+        pour(window, low, end - low, counters)
         _extend(_extremes_of(record), extremes)
 
 
@@ -212,7 +212,8 @@ def _find_range(bits: NDArray[np.uint32], record: NDArray[np.int64]) -> None:
 
 @njit
 def _extremes_of(record: NDArray[np.int64]) -> NDArray[np.uint32]:
-    return carray(pointer(record.ctypes.data + 8 * EXTREMES_AT), EXTREMES, np.uint32)
+    extremes: NDArray[np.uint32] = record[EXTREMES_AT:].view(np.uint32)
+    return extremes
 
 
 @njit

@@ -26,7 +26,6 @@ from calibrators.count_kernel import (
 from calibrators.histogram import BINS, MagnitudeHistogram, bins_of
 from calibrators.magnitude_range import MagnitudeRange
 
-
 CAPACITY = 2**32 - 1
 """How many values may be counted before the counters must be emptied: no counter of 32 bits can overflow by then."""
 

@@ -50,12 +50,15 @@ class Activations:
         values: tensor name to its values, in any order and shape, any floating dtype. Valid until the next batch is
             asked for.
         input_shapes: model input to the shape that was fed, rows that pad a batch included.
+        buffers: an object that names the arrays of `values` where these are the same for many batches, filled anew for
+            each, so that what is needed to count them can be kept beside the object; None where they are not.
     """
 
     batch: int
     samples: int
     values: Mapping[str, Array]
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    buffers: object | None = None
 
 
 class ActivationSource(Protocol):
@@ -122,7 +125,7 @@ class GroupedSource(ConcurrentSource, Protocol):
         Args:
             first: index of the first batch in the stream, counted from 0.
             batches: one or more.
-            take: is handed the activations of one batch and piece, while they are in the cache: some of the tensors,
+            take: is handed activations of one batch, those of a piece while they are in the cache: some of the tensors,
                 each once for every batch. They are valid until it returns. If it raises, neither this batch nor a later
                 one is run any further.
 

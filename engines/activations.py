@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import onnx
@@ -20,16 +22,22 @@ from engines.onnxrt import check_feeds, tensor_specs
 from engines.outside_weights import outside_bytes
 from engines.padding import PaddedTensors
 from engines.pair_rules_residual import residual_skips
+from engines.piece_buffers import ArraySpec, Buffers, Layout, Memory, Signature, signature_of, specs_of
 from engines.pieces import Piece, whole
 from engines.placement import root
 from engines.placement_cpu import place_for_cpu
 from engines.placement_options import Attention, PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 
+_log = logging.getLogger(__name__)
+
 _MOST_WORKERS = 8
 
 _LARGEST_GROUP = 8
 """Batches that are run together; more gain little."""
+
+_MOST_SHAPES = 64
+"""Shapes of batches whose arrays are known; where lengths differ that much, they hardly come again."""
 
 _GROUP_BYTES = 32 * 2**20
 """What the batches of a group may feed and carry between pieces together."""
@@ -139,6 +147,8 @@ class OnnxRuntimeActivations:
         )
         self._outputs = {name: self._blocked[name].output if name in self._blocked else name for name in self._fetched}
         self._carried = 0
+        self._specs: dict[Signature, dict[str, ArraySpec] | None] = {}
+        self._memories: SimpleQueue[Memory] = SimpleQueue()
 
     def batches(self) -> Iterator[CalibrationBatch]:
         """Start reading the stream."""
@@ -166,7 +176,7 @@ class OnnxRuntimeActivations:
             InferenceError: the batch does not fit the model, or ONNX Runtime failed on it; the batch is named.
         """
         parts: list[Activations] = []
-        self.run_group(index, [batch], parts.append)
+        self._run_group(index, [batch], parts.append, layout=None)
         found = {name: value for part in parts for name, value in part.values.items()}
         last = parts[-1]
         return Activations(
@@ -189,14 +199,38 @@ class OnnxRuntimeActivations:
         Raises:
             InferenceError: a batch does not fit the model, or ONNX Runtime failed on it; the batch is named.
         """
+        try:
+            memory = self._memories.get_nowait()
+        except Empty:
+            memory = Memory()
+        try:
+            self._run_group(first, batches, take, self._layout(batches, memory))
+        finally:
+            self._memories.put(memory)
+
+    def _run_group(
+        self,
+        first: int,
+        batches: Sequence[CalibrationBatch],
+        take: Callable[[Activations], None],
+        layout: Layout | None,
+    ) -> None:
         runs = [_Run(self._first + first + k, batch, dict(batch.feeds)) for k, batch in enumerate(batches)]
+        if layout is not None:
+            for k, run in enumerate(runs):
+                run.values |= layout.carried(k)
         wrong: Exception | None = None
         for number, piece in enumerate(self._pieces):
             for k, run in enumerate(runs):
                 try:
                     if number == 0:
                         check_feeds(f"batch {run.index}", self._inputs, run.batch.feeds)
-                    take(self._run_piece(piece, run, fed=number == 0))
+                        self._take_inputs(run, take)
+                    found = None if layout is None else self._run_in(layout, number, k, run)
+                    if found is None:
+                        layout = None
+                        found = self._run_piece(piece, run)
+                    take(found)
                 except Exception as error:
                     # The batches before go on: if one of them is wrong, too, it is the one to report.
                     wrong = error
@@ -204,8 +238,52 @@ class OnnxRuntimeActivations:
                     break
         if wrong is not None:
             raise wrong
+        for run in runs:
+            if run.specs and len(self._specs) < _MOST_SHAPES:
+                self._specs.setdefault(signature_of(run.batch.feeds), run.specs)
 
-    def _run_piece(self, piece: Piece, run: _Run, *, fed: bool) -> Activations:
+    def _layout(self, batches: Sequence[CalibrationBatch], memory: Memory) -> Layout | None:
+        """Return where the arrays of a group of batches belong; None where their shapes are not known, or differ."""
+        signatures = {signature_of(batch.feeds) for batch in batches}
+        signature = signatures.pop()
+        specs = self._specs.get(signature)
+        if signatures or specs is None:
+            return None
+        return memory.find(signature, len(batches)) or memory.keep(
+            signature,
+            len(batches),
+            Layout(
+                self._pieces,
+                specs,
+                self._outputs,
+                self._blocked,
+                frozenset(self._input_names),
+                len(batches),
+                memory,
+            ),
+        )
+
+    def _run_in(self, layout: Layout, number: int, slot: int, run: _Run) -> Activations | None:
+        """Run a piece on a batch, in memory of its own; None if ONNX Runtime does not do it."""
+        batch = run.batch
+        try:
+            done = layout.run(number, slot, batch.feeds)
+        except Exception as error:  # ONNX Runtime raises its own classes, which share no base
+            # The shape of an output may depend on the values: then it is run without given memory from now on. If the
+            # batch is at fault, that will tell.
+            _log.debug("batch %d in given memory: %s", run.index, error)
+            self._specs[signature_of(batch.feeds)] = None
+            return None
+        if self._padded is not None or batch.samples < (_rows(batch.feeds) or 0):
+            return self._activations(run, self._real_values(done.arrays, batch))
+        return self._activations(run, done.values(), done.buffers)
+
+    def _take_inputs(self, run: _Run, take: Callable[[Activations], None]) -> None:
+        fed = {name: np.asarray(run.batch.feeds[name]) for name in self.tensors if name in self._input_names}
+        if fed:
+            take(self._activations(run, self._real(fed, run.batch)))
+
+    def _run_piece(self, piece: Piece, run: _Run) -> Activations:
         batch = run.batch
         try:
             feeds = {name: run.values[name] for name in piece.inputs}
@@ -214,18 +292,23 @@ class OnnxRuntimeActivations:
             line = " ".join(str(error).split())[:300]
             raise InferenceError(f"Calibration of {self._path.name} failed in batch {run.index}: {line}") from error
         computed = dict(zip(piece.outputs, values, strict=True))
+        run.note(computed)
         run.values |= computed
         run.values = {name: value for name, value in run.values.items() if name in piece.later or name in batch.feeds}
         self._carried = max(self._carried, sum(value.nbytes for value in run.values.values()))
         found = {name: computed[output] for name, output in self._outputs.items() if output in computed}
-        if fed:
-            found |= {name: np.asarray(batch.feeds[name]) for name in self.tensors if name in self._input_names}
+        return self._activations(run, self._real_values(found, batch))
+
+    def _activations(self, run: _Run, values: dict[str, Array], buffers: Buffers | None = None) -> Activations:
+        shapes = {name: value.shape for name, value in run.batch.feeds.items()}
+        return Activations(run.index, run.batch.samples, values, shapes, buffers)
+
+    def _real_values(self, found: dict[str, Array], batch: CalibrationBatch) -> dict[str, Array]:
+        """Leave out what fills up sequences, the batch, and blocks of channels."""
         found = self._real(found, batch)
-        found |= {
+        return found | {
             name: real_values(found[name], blocked.channels) for name, blocked in self._blocked.items() if name in found
         }
-        shapes = {name: value.shape for name, value in batch.feeds.items()}
-        return Activations(run.index, batch.samples, found, shapes)
 
     def _real(self, found: dict[str, Array], batch: CalibrationBatch) -> dict[str, Array]:
         """Leave out what fills up sequences, and the batch."""
@@ -277,11 +360,18 @@ class _Run:
         index: of the batch, counted from 0 in the whole stream.
         batch: what is fed.
         values: what the pieces to come may read.
+        specs: of what the pieces handed out; None if some of it cannot be written to given memory.
     """
 
     index: int
     batch: CalibrationBatch
     values: dict[str, Array]
+    specs: dict[str, ArraySpec] | None = field(default_factory=dict)
+
+    def note(self, computed: Mapping[str, Array]) -> None:
+        """Keep the specs of what a piece has handed out."""
+        found = specs_of(computed)
+        self.specs = None if self.specs is None or found is None else self.specs | found
 
 
 def real_shape(name: str, shape: tuple[int, ...], samples: int, rows: int, *, fed: bool) -> tuple[int, ...]:

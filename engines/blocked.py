@@ -106,14 +106,27 @@ def real_values(values: Array, channels: int) -> Array:
     """
     if values.shape[1] == channels:
         return values
+    real = np.empty((values.shape[0], real_size(values.shape, channels)), values.dtype)
+    copy_real_values(values, channels, real)
+    return real
+
+
+def real_size(shape: tuple[int, ...], channels: int) -> int:
+    """Return the number of values of a sample that are left; arguments as of `real_values`."""
+    return channels * shape[2] * shape[3]
+
+
+def copy_real_values(values: Array, channels: int, real: Array) -> None:
+    """Write what `real_values` returns to `real`, shape (N, real_size)."""
     block = channels_per_block()
     if block is None:
         raise AssertionError("a session with filled-up blocks was made without knowing their size")
     samples, filled, height, width = values.shape
     blocks = values.reshape(samples, filled // block, height, width, block)
     whole, rest = divmod(channels, block)
-    parts = [blocks[:, :whole].reshape(samples, -1), blocks[:, whole, ..., :rest].reshape(samples, -1)]
-    return np.concatenate(parts, axis=1)
+    inside = whole * block * height * width
+    real[:, :inside] = blocks[:, :whole].reshape(samples, inside)
+    real[:, inside:].reshape(samples, height, width, rest)[:] = blocks[:, whole, ..., :rest]
 
 
 @cache
