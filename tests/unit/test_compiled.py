@@ -7,11 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numba
-import numpy as np
 import pytest
 
 from calibrators import compiled
-from calibrators.compiled import njit, prefetch
+from calibrators.compiled import njit
 
 
 def test_runs_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,20 +39,3 @@ def test_divides_as_numpy_does() -> None:
         return a / b
 
     assert divide(1.0, 0.0) == float("inf")
-
-
-def test_prefetching_changes_nothing() -> None:
-    """Neither in the array nor far beyond its end, where nothing is mapped; and the instruction is there."""
-
-    @njit
-    def total(values: Any) -> float:
-        found = 0.0
-        for i in range(values.size):
-            prefetch(values, i + 2**40)
-            found += values[i]
-        return found
-
-    assert total(np.arange(5.0)) == 10.0
-    fresh = numba.njit(total.py_func)  # type: ignore[attr-defined]  # what comes out of the cache shows no code
-    fresh(np.arange(5.0))
-    assert "llvm.prefetch" in next(iter(fresh.inspect_llvm().values()))
