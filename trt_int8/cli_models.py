@@ -201,7 +201,14 @@ def quantize(
     ] = None,
     exclude: ExcludeOption = None,
     include: IncludeOption = None,
-    data: OptionalData = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="With --smooth: calibration data; else with auto: held-back data."),
+    ] = None,
+    held_back: Annotated[
+        str | None,
+        typer.Option("--held-back", metavar="DATA", help="With --method auto and --smooth: what auto judges on."),
+    ] = None,
     preprocessing: PreprocessingOption = None,
     force: ForceOption = False,
     explain: Annotated[bool, typer.Option("--explain", help="List every node and every Q/DQ pair: why.")] = False,
@@ -212,7 +219,7 @@ def quantize(
     from trt_int8.progress import track
     from trt_int8.quantization import quantize as stage
 
-    check_output(output, model, calibration, data)
+    check_output(output, model, calibration, data, held_back)
     result = stage(
         model,
         None if calibration is None else Calibration.load(calibration),
@@ -230,6 +237,7 @@ def quantize(
         exclude=exclude or [],
         include=include or [],
         data=data,
+        held_back=held_back,
         preprocessing=read_preprocessing(preprocessing),
         force=force,
         track=track,
