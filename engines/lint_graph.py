@@ -6,6 +6,7 @@ Nothing is folded, raised or simplified: what `engines.graph.prepare` would repa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -23,6 +24,12 @@ from engines.opset import STANDARD_DOMAINS
 from engines.placement import WEIGHTED, commutes
 
 Answer = TypeVar("Answer")
+
+_INTEGER_PRODUCT = re.compile(
+    r"QLinear(Conv\w*|MatMul)|(Conv|MatMul)Integer\w*|QGemm|DynamicQuantize(MatMul|LSTM)|QAttention|"
+    r"QOrdered(MatMul|Attention|LongformerAttention)"
+)
+"""Convolutions and matrix products of ONNX and ONNX Runtime that read integers themselves, in place of Q/DQ."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +158,16 @@ class LintGraph:
             found
             for node in self.nodes
             if node.op_type in WEIGHTED and node.domain in STANDARD_DOMAINS and (found := self._weighted(node))
+        ]
+
+    @cached_property
+    def integer_products(self) -> list[ir.Node]:
+        """All convolutions and matrix products, and layers made of them, that are operators on integers themselves."""
+        return [
+            node
+            for node in self.nodes
+            if (node.domain in STANDARD_DOMAINS or node.domain.startswith("com.microsoft"))
+            and _INTEGER_PRODUCT.fullmatch(node.op_type)
         ]
 
     @cached_property

@@ -95,7 +95,8 @@ def diff(
     from trt_int8.console import console
 
     result = diff_caches(first, second, method=method, percentile=percentile)
-    console().print(result.table(limit))
+    if result.changed:
+        console().print(result.table(limit))
     for line in result.lines(limit):
         typer.echo(line)
     write_json(json, result.to_json())

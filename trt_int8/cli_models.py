@@ -61,6 +61,7 @@ def export(
     """Export a PyTorch model to ONNX and check the outputs."""
     from trt_int8.export_options import model_config
     from trt_int8.export_stage import export_configured
+    from trt_int8.idle_options import refuse_idle, refuse_unread_preprocessing
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
@@ -73,6 +74,12 @@ def export(
         checkpoint=checkpoint,
         checkpoint_key=checkpoint_key,
         opset=opset,
+    )
+    refuse_unread_preprocessing(preprocessing, data)
+    refuse_idle(
+        {"--data": data is not None and config.kind != "factory"},
+        f"only what a factory makes is fed, to be exported and checked; {model} holds its graph",
+        "export from package.module:factory",
     )
     result = export_configured(config, output, data=data, preprocessing=read_preprocessing(preprocessing), track=track)
     typer.echo(f"{result.path}: opset {result.opset}, {result.size_bytes} bytes")

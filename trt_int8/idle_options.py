@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from calibrators.calibration import DEFAULT_PERCENTILE
 from engines.placement import ActivationPoint, Placement, WeightPoint
 from engines.placement_options import PlacementOptions
 from trt_int8.errors import UsageError
@@ -29,6 +30,26 @@ def refuse_idle(options: Mapping[str, bool], why: str, advice: str) -> None:
     if given:
         it = "them" if len(given) > 1 else "it"
         raise UsageError(f"{' and '.join(given)} would change nothing: {why}. Leave {it} out, or {advice}.")
+
+
+def refuse_unread_preprocessing(preprocessing: object, *data: object) -> None:
+    """Refuse a preprocessing where there are no data for it.
+
+    Raises:
+        UsageError: it was given, and all of `data` are None.
+    """
+    unread = preprocessing is not None and all(source is None for source in data)
+    refuse_idle({"--preprocessing": unread}, "there are no data that it could prepare", "add --data")
+
+
+def refuse_idle_percentile(percentile: float, method: str) -> None:
+    """Refuse a percentile beside a method that takes none.
+
+    Raises:
+        UsageError: the percentile is not the default, and the method is not "percentile".
+    """
+    idle = percentile != DEFAULT_PERCENTILE and method != "percentile"
+    refuse_idle({"--percentile": idle}, f"the method is {method}", "add --method percentile")
 
 
 def idle_wishes(

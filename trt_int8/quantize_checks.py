@@ -9,7 +9,7 @@ from engines.granularity import Activations
 from engines.placement import Target
 from engines.placement_options import PlacementOptions
 from trt_int8.errors import UsageError
-from trt_int8.idle_options import refuse_idle
+from trt_int8.idle_options import refuse_idle, refuse_idle_percentile
 from trt_int8.quantize_result import Int8Precision, Mode
 
 
@@ -98,17 +98,14 @@ def _check_static(asked: Asked) -> None:
             "the Adds of the target cpu compute on INT8 in any case",
             "take the target tensorrt",
         )
-    if asked.percentile != DEFAULT_PERCENTILE and auto and not (asked.data or asked.held_back or asked.chosen):
+    if not auto:
+        refuse_idle_percentile(asked.percentile, asked.method)
+    elif not (asked.data or asked.held_back or asked.chosen):
         refuse_idle(
-            {"--percentile": True},
+            {"--percentile": asked.percentile != DEFAULT_PERCENTILE},
             "without data, the method auto is mse",
-            "give held-back data, or add --method percentile",
+            "give data that auto judges on (--data)",
         )
-    refuse_idle(
-        {"--percentile": asked.percentile != DEFAULT_PERCENTILE and asked.method not in ("percentile", "auto")},
-        f"the method is {asked.method}",
-        "add --method percentile",
-    )
     refuse_idle(
         {"--data": asked.data and not (auto or asked.smooth)},
         "--method auto and --smooth alone read data",
