@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from calibrators.protocols import Array
 from engines.graph import FLOAT_TYPES
-from engines.lint_constants import compute
+from engines.one_node import evaluate
 from engines.opset import STANDARD_DOMAINS
 from engines.placement import WEIGHTED, commutes
 
@@ -264,7 +264,7 @@ class LintGraph:
         if node.op_type == "Cast" and node.domain in STANDARD_DOMAINS:
             (source,) = inputs.values()
             return source.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-        return compute(node, inputs, value.name, self.opset)
+        return evaluate(node, inputs, value.name, self.opset)
 
     def _quantizer(self, node: ir.Node) -> Quantizer | None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.domain not in STANDARD_DOMAINS:
