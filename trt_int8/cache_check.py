@@ -56,7 +56,7 @@ def check_data(
         batch_size: samples a batch, where the data is cut here; 1 by default.
         max_batches: stop after so many batches; None takes all.
         preprocessing: how images become arrays, for image folders.
-        threads: ONNX Runtime's threads inside an operator.
+        threads: number of batches that are run at a time, each in one thread; None takes one per core, 8 at most.
         force: use a calibration of other weights or another graph, as far as tensors have equal names.
         track: shows progress.
 

@@ -13,9 +13,10 @@ from trt_int8.cli_options import (
     ExecutionName,
     ForceOption,
     JsonOption,
-    OptionalData,
     PreprocessingOption,
     ThreadsOption,
+    TimedBatch,
+    TimedData,
     TrustOption,
     read_preprocessing,
     write_json,
@@ -28,8 +29,8 @@ def bench(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL...", help="ONNX files and engines; the first is the reference.")
     ],
-    data: OptionalData = None,
-    batch_size: BatchSize = None,
+    data: TimedData = None,
+    batch_size: TimedBatch = None,
     shapes: Annotated[
         ShapesName | None,
         typer.Option("--shapes", help="Of dynamic axes: as built for or calibrated (default: as the data are)."),
@@ -146,8 +147,8 @@ def inspect(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="ENGINE", help="Another engine of the same network.")
     ] = None,
-    data: OptionalData = None,
-    batch_size: BatchSize = None,
+    data: TimedData = None,
+    batch_size: TimedBatch = None,
     preprocessing: PreprocessingOption = None,
     runs: Annotated[
         int | None, typer.Option("--runs", min=1, help="Runs that layers are timed in (default 20).")

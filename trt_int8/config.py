@@ -117,7 +117,8 @@ class DataConfig(Section):
     )
     held_back: str | None = Field(
         default=None,
-        description="data that method auto chooses by; null takes the calibration data, never the evaluation's",
+        description="data that method auto chooses by; null takes the calibration data, never the evaluation's; name "
+        "others with quantize.smooth, which fits the model to the calibration data",
     )
     labels: str | None = Field(
         default=None, description="name of the array with the labels; null compares with the FP32 outputs only"

@@ -210,6 +210,10 @@ class Pipeline:
         }
 
         def write() -> None:
+            if config.smooth is not None and "auto" in config.methods and data.held_back is None:
+                self._announce(
+                    "auto judges on the calibration data, which smooth the model: data.held_back would name others"
+                )
             made = quantize_all(
                 self.config,
                 self.plan.variants,
