@@ -6,11 +6,12 @@ that it has not, is told in a note: the same options often serve several models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from calibrators.calibration import DEFAULT_PERCENTILE
-from engines.placement import ActivationPoint, Placement, WeightPoint
+from engines.placement import ActivationPoint, Placement
 from engines.placement_options import PlacementOptions
 from trt_int8.errors import UsageError
 
@@ -62,27 +63,38 @@ def idle_wishes(
         placement: the placement by them.
         place: makes the placement of the same model by other wishes.
     """
-    wishes: list[tuple[str, PlacementOptions, str]] = []
-    if options.residual == "float":
-        why = "the model has no Add whose skip input would be in INT8"
-        wishes.append(("residual float", replace(options, residual="int8"), why))
-    if options.attention == "int8":
-        why = "the model has no product of attention that the rules allow in INT8"
-        wishes.append(("attention int8", replace(options, attention="float"), why))
-    for expression in options.exclude:
-        others = [other for other in options.exclude if other != expression]
-        why = "what it matches stays float without it"
-        wishes.append((f"exclude {expression!r}", replace(options, exclude=others), why))
-    for expression in options.include:
-        others = [other for other in options.include if other != expression]
-        why = "what it matches is in INT8 without it, or cannot be"
-        wishes.append((f"include {expression!r}", replace(options, include=others), why))
-    effect = _effect(placement)
-    return tuple(f"{wish} changed nothing: {why}" for wish, other, why in wishes if _effect(place(other)) == effect)
+    notes: list[str] = []
+    if options.residual == "float" and _effect(place(replace(options, residual="int8"))) == _effect(placement):
+        notes.append("residual float changed nothing: the model has no Add whose skip input would be in INT8")
+    if options.attention == "int8" and _effect(place(replace(options, attention="float"))) == _effect(placement):
+        notes.append(
+            "attention int8 changed nothing: the model has no product of attention that the rules allow in INT8"
+        )
+    if options.exclude:
+        otherwise = _quantized(place(replace(options, exclude=())))
+        notes += [
+            f"exclude {expression!r} changed nothing: what it matches stays float without it"
+            for expression in options.exclude
+            if not _matches(expression, otherwise)
+        ]
+    if options.include:
+        gained = _quantized(placement) - _quantized(place(replace(options, include=())))
+        notes += [
+            f"include {expression!r} changed nothing: what it matches is in INT8 without it, or stays float with it"
+            for expression in options.include
+            if not _matches(expression, gained)
+        ]
+    return tuple(notes)
 
 
-def _effect(placement: Placement) -> tuple[list[ActivationPoint], list[WeightPoint], set[str]]:
+def _matches(expression: str, nodes: Iterable[str]) -> bool:
+    return any(re.fullmatch(expression, node) for node in nodes)
+
+
+def _quantized(placement: Placement) -> set[str]:
+    return {decision.node for decision in placement.decisions if decision.quantized}
+
+
+def _effect(placement: Placement) -> tuple[list[ActivationPoint], set[str]]:
     """Return what a placement does, without its reasons."""
-    points = [replace(point, rule="", reason="") for point in placement.activations]
-    quantized = {decision.node for decision in placement.decisions if decision.quantized}
-    return points, list(placement.weights), quantized
+    return [replace(point, rule="", reason="") for point in placement.activations], _quantized(placement)
