@@ -24,6 +24,9 @@ from engines.magnitude import magnitude_bounds
 from engines.onnxrt import PRECISION_KEY
 from engines.outside_weights import hide_outside
 
+UNCALIBRATED = "was not calibrated"
+"""Stands in the reason of a node that is held for a value whose range calibration does not tell."""
+
 MARGIN = 2.0
 """Values seen in calibration may be this much larger in use before they overflow."""
 
@@ -135,7 +138,7 @@ def _too_large(node: ir.Node, bounds: Mapping[str, float], amax: Mapping[str, fl
             return f"calibration saw {bound:.4g} in {value.name!r}; FP16 ends at {FP16_MAX:.0f} (margin {MARGIN:g}x)"
         if value.name not in amax and bound > FP16_MAX:
             size = "no bound" if math.isinf(bound) else f"a bound of {bound:.4g}"
-            return f"{value.name!r} was not calibrated and has {size}; FP16 ends at {FP16_MAX:.0f}"
+            return f"{value.name!r} {UNCALIBRATED} and has {size}; FP16 ends at {FP16_MAX:.0f}"
     return None
 
 

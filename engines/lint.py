@@ -83,8 +83,10 @@ class LintReport:
         target: what it was checked for.
         releases: the releases of TensorRT that it was checked for.
         opset: the model's opset.
-        weighted: number of Conv, ConvTranspose, Gemm and MatMul nodes.
-        quantized: how many of them have integers behind both operands.
+        weighted: number of Conv, ConvTranspose, Gemm and MatMul nodes, and of their forms on integers (QLinearConv,
+            MatMulInteger, DynamicQuantizeLSTM, ...).
+        quantized: how many of them have integers behind both operands, or are such a form.
+        integer: how many are such a form, which ONNX Runtime runs and TensorRT does not.
         pairs: number of Q/DQ pairs on activations.
         findings: errors first, then warnings, then notes; in each by rule, in the order of the nodes.
     """
@@ -95,6 +97,7 @@ class LintReport:
     opset: int
     weighted: int
     quantized: int
+    integer: int
     pairs: int
     findings: tuple[Finding, ...]
 
@@ -112,6 +115,7 @@ class LintReport:
             "opset": self.opset,
             "weighted": self.weighted,
             "quantized": self.quantized,
+            "integer": self.integer,
             "pairs": self.pairs,
             "counts": {severity: counts.get(severity, 0) for severity in SEVERITIES},
             "findings": [asdict(finding) for finding in self.findings],
@@ -165,8 +169,9 @@ def lint_graph(
         target=aim,
         releases=releases if aim == "tensorrt" else (),
         opset=graph.opset,
-        weighted=len(graph.weighted),
-        quantized=sum(found.quantized for found in graph.weighted),
+        weighted=len(graph.weighted) + len(graph.integer_products),
+        quantized=sum(found.quantized for found in graph.weighted) + len(graph.integer_products),
+        integer=len(graph.integer_products),
         pairs=len(graph.activation_pairs),
         findings=tuple(findings),
     )

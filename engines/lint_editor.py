@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from calibrators.protocols import Array
+from engines.free_names import FreeNames
 from engines.lint_graph import LintGraph, Quantizer
 from engines.lint_reading import read_for_editing
 
@@ -46,8 +47,9 @@ class Editor:
         self.graph, self._borrowed = read_for_editing(model)
         self.model = self.graph.model
         self._root = self.model.graph
-        self._names = {value.name for value in _all_values(self.model)}
-        self._names |= {node.name for node in self.graph.nodes}
+        self._names = FreeNames(
+            [*(value.name for value in _all_values(self.model)), *(node.name for node in self.graph.nodes)]
+        )
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], ir.Value] = {}
 
     def look_again(self) -> None:
@@ -59,21 +61,12 @@ class Editor:
         key = (array.tobytes(), str(array.dtype), array.shape) if array.size <= 4096 else None
         if key is not None and key in self._constants:
             return self._constants[key]
-        name = self.new_name(f"{like.name}_mended")
+        name = self._names.take(f"{like.name}_mended")
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self._root.register_initializer(value)
         if key is not None:
             self._constants[key] = value
         return value
-
-    def new_name(self, stem: str) -> str:
-        """Return `stem`, or the first of stem_2, stem_3, ... that the model does not hold."""
-        name, number = stem, 1
-        while name in self._names:
-            number += 1
-            name = f"{stem}_{number}"
-        self._names.add(name)
-        return name
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
         """Let a node read another value, and drop the old one where nothing reads it any more."""
@@ -150,10 +143,10 @@ class Editor:
     def _take_over_output(self, graph: ir.Graph, output: ir.Value, source: ir.Value) -> None:
         """Let `source` leave the graph in the place and under the name of `output`."""
         name, producer = output.name, source.producer()
-        output.name = self.new_name(f"{name}_quantized")
+        output.name = self._names.take(f"{name}_quantized")
         taken = source
         if producer is None or producer.graph is not graph or source.is_graph_output():
-            copy = ir.node("Identity", [source], name=self.new_name(f"{name}_Identity"))
+            copy = ir.node("Identity", [source], name=self._names.take(f"{name}_Identity"))
             graph.append(copy)
             taken = copy.outputs[0]
         taken.name, taken.type, taken.shape = name, output.type, output.shape

@@ -6,6 +6,7 @@ Nothing is folded, raised or simplified: what `engines.graph.prepare` would repa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -18,11 +19,17 @@ import onnx_ir as ir
 
 from calibrators.protocols import Array
 from engines.graph import FLOAT_TYPES
-from engines.lint_constants import compute
+from engines.one_node import evaluate
 from engines.opset import STANDARD_DOMAINS
 from engines.placement import WEIGHTED, commutes
 
 Answer = TypeVar("Answer")
+
+_INTEGER_PRODUCT = re.compile(
+    r"QLinear(Conv\w*|MatMul)|(Conv|MatMul)Integer\w*|QGemm|DynamicQuantize(MatMul|LSTM)|QAttention|"
+    r"QOrdered(MatMul|Attention|LongformerAttention)"
+)
+"""Convolutions and matrix products of ONNX and ONNX Runtime that read integers themselves, in place of Q/DQ."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +161,16 @@ class LintGraph:
         ]
 
     @cached_property
+    def integer_products(self) -> list[ir.Node]:
+        """All convolutions and matrix products, and layers made of them, that are operators on integers themselves."""
+        return [
+            node
+            for node in self.nodes
+            if (node.domain in STANDARD_DOMAINS or node.domain.startswith("com.microsoft"))
+            and _INTEGER_PRODUCT.fullmatch(node.op_type)
+        ]
+
+    @cached_property
     def half(self) -> bool:
         """Whether operators compute in FP16."""
         beside = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
@@ -247,7 +264,7 @@ class LintGraph:
         if node.op_type == "Cast" and node.domain in STANDARD_DOMAINS:
             (source,) = inputs.values()
             return source.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-        return compute(node, inputs, value.name, self.opset)
+        return evaluate(node, inputs, value.name, self.opset)
 
     def _quantizer(self, node: ir.Node) -> Quantizer | None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.domain not in STANDARD_DOMAINS:

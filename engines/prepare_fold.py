@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibrators.protocols import Array
+from engines.free_names import FreeNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class _Folder:
         self._graph = graph
         self._keep = keep
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-        self._names = {value.name for value in values}
+        self._names = FreeNames(value.name for value in values)
 
     def batch_norm(self, norm: ir.Node) -> bool:
         """Fold a BatchNormalization into the node before or after it."""
@@ -208,11 +209,7 @@ class _Folder:
         )
 
     def _initializer(self, stem: str, array: Array) -> ir.Value:
-        name, number = stem, 1
-        while name in self._names:
-            number += 1
-            name = f"{stem}_{number}"
-        self._names.add(name)
+        name = self._names.take(stem)
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
         self._graph.register_initializer(value)

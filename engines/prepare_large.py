@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from calibrators.protocols import Array
+from engines.one_node import evaluate
 from engines.opset import MINIMUM_OPSET
 
 _MOVING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -32,14 +30,16 @@ def fold_moved_weights(model: ir.Model, keep: Callable[[ir.Value], None]) -> int
         source = node.inputs[0] if node.inputs else None
         if node.op_type not in _MOVING or node.domain != "" or source is None:
             continue
-        arrays = [_constant(value) for value in node.inputs]
+        arrays = {str(value.name): _constant(value) for value in node.inputs if value is not None}
         output = node.outputs[0]
         if not isinstance(source.const_value, ir.ExternalTensor) or output.is_graph_output():
             continue
-        if any(array is None for array in arrays):
+        known = {name: array for name, array in arrays.items() if array is not None}
+        if len(known) < len(arrays):
             continue
-        values = [array for array in arrays if array is not None]
-        result = _evaluate(node, values, int(model.opset_imports.get("", MINIMUM_OPSET)))
+        result = evaluate(node, known, str(output.name), int(model.opset_imports.get("", MINIMUM_OPSET)))
+        if result is None:
+            continue
         new = ir.Value(name=output.name, const_value=ir.tensor(np.ascontiguousarray(result), name=output.name))
         new.shape, new.dtype = ir.Shape(result.shape), ir.DataType.from_numpy(result.dtype)
         output.replace_all_uses_with(new)
@@ -51,23 +51,6 @@ def fold_moved_weights(model: ir.Model, keep: Callable[[ir.Value], None]) -> int
             graph.initializers.pop(str(source.name))
         folded += 1
     return folded
-
-
-def _evaluate(node: ir.Node, arrays: list[Array], opset: int) -> Array:
-    """Run one node in ONNX's reference implementation."""
-    names = [f"input_{index}" for index in range(len(arrays))]
-    proto: onnx.NodeProto = ir.serde.serialize_node(node)
-    del proto.input[:]
-    proto.input.extend(names)
-    inputs = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in zip(names, arrays, strict=True)
-    ]
-    graph = onnx.helper.make_graph([proto], "weight", inputs, [onnx.ValueInfoProto(name=proto.output[0])])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    results: Any = ReferenceEvaluator(model).run(None, dict(zip(names, arrays, strict=True)))
-    result: Array = results[0]
-    return result
 
 
 def _constant(value: ir.Value | None) -> Array | None:

@@ -17,6 +17,7 @@ from calibrators.errors import CalibrationError
 from calibrators.numerics import fp16_scale, quantize_weights
 from calibrators.protocols import Array
 from engines.cpu_sums import write_sums
+from engines.free_names import FreeNames
 from engines.graph import PreparedModel, constant_array, name_of
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY
 from engines.placement import ActivationPoint, Placement, WeightPoint
@@ -144,7 +145,7 @@ class _Writer:
         self._weights: dict[tuple[str, ir.DataType, int | None, int, str | None], ir.Value] = {}
         nodes = list(ir.traversal.RecursiveGraphIterator(graph))
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
-        self._names = {value.name for value in values} | {node.name for node in nodes}
+        self._names = FreeNames([*(value.name for value in values), *(node.name for node in nodes)])
 
     def meets_fp16(self, point: ActivationPoint) -> bool:
         """Tell whether the tensor of a pair, or what a reader makes of it, is FP16."""
@@ -163,7 +164,7 @@ class _Writer:
         for node, index in edges:
             readers.setdefault(_float_type(node.inputs[index]), []).append((node, index))
         if is_output:
-            value.name = self._name(f"{name}_unquantized")
+            value.name = self._names.take(f"{name}_unquantized")
         scales = {
             dtype: self._constant(f"{name}_scale", np.asarray(scale, dtype.numpy()))
             for dtype in dict.fromkeys((_float_type(value), *readers))
@@ -172,12 +173,12 @@ class _Writer:
         zero_point = self._constant(f"{name}_zero_point", np.asarray(point.zero_point, codes))
         quantize = self._node("QuantizeLinear", [value, scales[_float_type(value)], zero_point], name)
         code = quantize.outputs[0]
-        code.name = self._name(f"{name}_quantized")
+        code.name = self._names.take(f"{name}_quantized")
         written = [quantize]
         for dtype, uses in readers.items():
             written.append(self._node("DequantizeLinear", [code, scales[dtype], zero_point], name))
             real = written[-1].outputs[0]
-            real.name = name if is_output else self._name(f"{name}_dequantized")
+            real.name = name if is_output else self._names.take(f"{name}_dequantized")
             for node, index in uses:
                 node.replace_input_with(index, real)
             if (
@@ -263,29 +264,20 @@ class _Writer:
         attributes = {"axis": axis} if axis is not None else {}
         node = self._node("DequantizeLinear", [quantized, scale_value, zero_point], stem, attributes)
         real = node.outputs[0]
-        real.name = self._name(f"{stem}_dequantized")
+        real.name = self._names.take(f"{stem}_dequantized")
         self._graph.insert_before(reader, node)
         return real
 
     def _node(
         self, op_type: str, inputs: list[ir.Value], stem: str, attributes: Mapping[str, int] | None = None
     ) -> ir.Node:
-        return ir.node(op_type, inputs, attributes=attributes or {}, name=self._name(f"{stem}_{op_type}"))
+        return ir.node(op_type, inputs, attributes=attributes or {}, name=self._names.take(f"{stem}_{op_type}"))
 
     def _constant(self, stem: str, array: Array) -> ir.Value:
-        name = self._name(stem)
+        name = self._names.take(stem)
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self._graph.register_initializer(value)
         return value
-
-    def _name(self, stem: str) -> str:
-        """Return `stem`, or the first of stem_2, stem_3, ... that the graph does not hold."""
-        name, number = stem, 1
-        while name in self._names:
-            number += 1
-            name = f"{stem}_{number}"
-        self._names.add(name)
-        return name
 
 
 def _float_type(value: ir.Value | None) -> ir.DataType:

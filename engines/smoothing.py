@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibrators.protocols import Array
+from engines.free_names import FreeNames
 from engines.graph import constant_array, is_activation, name_of
 from engines.placement import sole_consumer
 
@@ -265,16 +266,12 @@ class _Constants:
         self._graph = graph
         nodes = list(ir.traversal.RecursiveGraphIterator(graph))
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
-        self._names = {value.name for value in values}
+        self._names = FreeNames(value.name for value in values)
 
     def add(self, original: ir.Value | None, array: Array) -> ir.Value:
         if original is None:
             raise AssertionError("there is no constant to change")
-        name, number = f"{original.name}_smoothed", 1
-        while name in self._names:
-            number += 1
-            name = f"{original.name}_smoothed_{number}"
-        self._names.add(name)
+        name = self._names.take(f"{original.name}_smoothed")
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         self._graph.register_initializer(value)
         return value

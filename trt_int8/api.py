@@ -17,7 +17,7 @@ from calibrators.calibration import Calibration
 from calibrators.protocols import Batch, Track, untracked
 from engines.lint import lint
 from engines.onnxrt import Execution
-from engines.profiles import ShapeRange
+from engines.profiles import ShapeRange, dynamic_inputs
 from engines.runner import TensorSpec
 from engines.sidecar import is_engine
 from trt_int8.accuracy import AccuracyResult
@@ -31,6 +31,7 @@ from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import ConfigError, UsageError
 from trt_int8.export import export_onnx
 from trt_int8.feeds import fixed_batch
+from trt_int8.idle_options import refuse_idle, refuse_unread_preprocessing
 from trt_int8.input_alarm import InputWatch
 from trt_int8.outputs import check_output
 from trt_int8.pipeline import Pipeline
@@ -38,7 +39,7 @@ from trt_int8.polygraphy_files import FOLDER as POLYGRAPHY_FOLDER
 from trt_int8.quantization import convert_fp16, quantize
 from trt_int8.random_data import id_tables, random_feeds
 from trt_int8.runners import AnyRunner, open_runner, titles
-from trt_int8.shaped_benchmark import ShapesChoice, points_of, time_at_shapes, with_shapes
+from trt_int8.shaped_benchmark import ShapesChoice, check_calibration, points_of, time_at_shapes, with_shapes
 from trt_int8.shaped_benchmark import shape_ranges as ranges_of
 from trt_int8.shared_inputs import shared_inputs
 
@@ -75,6 +76,7 @@ def benchmark(
     transfers: bool | None = None,
     cuda_graph: bool = True,
     trust: bool = False,
+    force: bool = False,
     rounds: int = 20,
     budget_s: float = 10.0,
     names: Sequence[str] | None = None,
@@ -93,7 +95,7 @@ def benchmark(
             seen. The values are repeated from the data's first batch, or random. None takes the shapes of the data; or
             "opt" where one of the next two is given.
         shape_ranges: name of an input to its smallest, usual and largest shape, in place of theirs.
-        calibration: a calibration of the models, or its file.
+        calibration: a calibration of the models, or its file; of one of the FP32 models, where there are any.
         preprocessing: how images become arrays, for image folders.
         execution: "exact" or "native" for all ONNX files; None lets each model's own rule decide, see
             `engines.onnxrt.execution_of`.
@@ -102,6 +104,7 @@ def benchmark(
             `trt_int8.benchmarking.time_side_by_side`.
         cuda_graph: launch the runs of engines as CUDA graphs, where they can be captured.
         trust: load engines that no sidecar covers.
+        force: take the shapes of a calibration of another graph or other weights, as far as they fit the inputs.
         rounds: number of interleaved rounds.
         budget_s: seconds for all rounds together, at each shape.
         names: names in the table; the file names where None.
@@ -109,8 +112,9 @@ def benchmark(
 
     Raises:
         ConfigError: a dynamic axis other than the batch needs data to give it a length, or the models' inputs differ.
-        UsageError: an option is for engines, or for ONNX files, and there are none; or several shapes are to be timed
-            and nothing tells them.
+        CalibrationError: the calibration belongs to another model.
+        UsageError: an option would have no effect, such as one that is for engines, or for ONNX files, and there are
+            none; or several shapes are to be timed and nothing tells them.
         DataError: the data do not fit.
     """
     models = _listed(models)
@@ -126,6 +130,8 @@ def benchmark(
         },
         of_onnx={"execution": execution is not None, "threads": threads is not None},
     )
+    refuse_unread_preprocessing(preprocessing, data)
+    refuse_idle({"--force": force and calibration is None}, "it is about a calibration", "give one with --calibration")
     runners = _runners(models, names, execution, threads, trust, cuda_graph=cuda_graph)
     inputs = shared_inputs(runners)
     notes: tuple[str, ...] = ()
@@ -135,7 +141,10 @@ def benchmark(
     if shapes is not None or shape_ranges is not None or calibration is not None:
         if batch_size is not None:
             raise UsageError("--batch-size contradicts --shapes, --shape and --calibration, which tell the batch.")
-        seen = None if calibration is None else _loaded(calibration).input_shapes
+        found = None if calibration is None else _loaded(calibration)
+        if found is not None and dynamic_inputs(inputs):
+            check_calibration(models, runners, inputs, found, given=shape_ranges is not None, force=force)
+        seen = None if found is None else found.input_shapes
         ranges = ranges_of(inputs, runners, given=shape_ranges, seen=seen)
     tables = _tables(models, inputs) if data is None else {}
     feeds: list[Batch] = []

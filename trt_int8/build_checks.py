@@ -12,6 +12,7 @@ from engines.profiles import Profile, ShapeRange, batch_profile, check_profiles,
 from engines.runner import TensorSpec
 from engines.trt_types import Precision
 from trt_int8.errors import ConfigError, UsageError
+from trt_int8.idle_options import refuse_idle
 
 Shapes = ShapeRange | Sequence[Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
@@ -77,14 +78,10 @@ def check_combination(
         why, advice = f"{precision} has no scales", "build as int8 or int8+fp16"
     else:
         idle, why, advice = [], "", ""
-    out = f"Leave {'them' if len(idle) > 1 else 'it'} out"
-    if idle:
-        raise UsageError(f"{' and '.join(idle)} would change nothing: {why}. {out}, or {advice}.")
+    refuse_idle(dict.fromkeys(idle, True), why, advice)
     if percentile is False:
         what = "calibrator" if data else "method"
-        raise UsageError(
-            f"--percentile would change nothing: the {what} is not percentile. {out}, or add --{what} percentile."
-        )
+        refuse_idle({"--percentile": True}, f"the {what} is not percentile", f"add --{what} percentile")
 
 
 def engine_stem(model: Path, name: str | None) -> str:

@@ -48,6 +48,7 @@ from trt_int8.calibration import DEFAULT_MAX_BATCHES
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
+from trt_int8.idle_options import refuse_idle
 from trt_int8.implicit import (
     CalibrationFeed,
     CalibratorName,
@@ -197,6 +198,7 @@ def build_engine(
         of_scales=scaling,
         percentile=None if percentile == DEFAULT_PERCENTILE else takes_percentile,
     )
+    refuse_idle({"--force": force and calibration is None}, "it is about a calibration", "give one with --calibration")
     if typed or implicit:
         check_types(file, header, precision, implicit=implicit)
     elif calibration is None and precision not in ("fp32", "tf32"):
@@ -232,23 +234,28 @@ def build_engine(
     if data is None:
         options = _for_shapes(options, engine_profile(file, inputs, ranges, found.input_shapes if found else None))
     else:
+        source = open_data(
+            data,
+            inputs,
+            batch_size=batch_size,
+            max_batches=max_batches,
+            preprocessing=preprocessing,
+            data_id=data_id,
+        )
+        refuse_idle(
+            {"--data-id": data_id is not None and source.from_files},
+            "files are known by their content",
+            "name data that come from code",
+        )
         feed = CalibrationFeed(
             calibrator=calibrator or "entropy2",
             data=data,
-            source=open_data(
-                data,
-                inputs,
-                batch_size=batch_size,
-                max_batches=max_batches,
-                preprocessing=preprocessing,
-                data_id=data_id,
-            ),
+            source=source,
             cache=scales_file,
             percentile=percentile,
             batch_size=batch_size,
             max_batches=max_batches,
             preprocessing=preprocessing,
-            data_id=data_id,
             short_batch=short_batch,
         )
     job = _Job(file, header, as_it_is, target, Scales(found, method, percentile, placement, force), track)

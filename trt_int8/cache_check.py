@@ -21,6 +21,7 @@ from engines.onnxrt import tensor_specs
 from trt_int8.cache_verdict import CheckResult, compare_tensor, judge
 from trt_int8.calibration import DEFAULT_MAX_BATCHES, check_fits
 from trt_int8.data import DataBatch, DataSpec, open_data
+from trt_int8.idle_options import refuse_idle_percentile
 from trt_int8.input_alarm import gross_difference, summarize_input
 from trt_int8.quantization import method_name
 
@@ -55,12 +56,13 @@ def check_data(
         batch_size: samples a batch, where the data is cut here; 1 by default.
         max_batches: stop after so many batches; None takes all.
         preprocessing: how images become arrays, for image folders.
-        threads: ONNX Runtime's threads inside an operator.
+        threads: number of batches that are run at a time, each in one thread; None takes one per core, 8 at most.
         force: use a calibration of other weights or another graph, as far as tensors have equal names.
         track: shows progress.
 
     Raises:
         CalibrationError: the calibration belongs to another model or holds ranges alone, or there is no such method.
+        UsageError: a percentile for another method.
         DataError: the data are missing, empty, of another shape or dtype, or not finite.
         NonFiniteActivationError: an activation overflowed.
     """
@@ -69,6 +71,7 @@ def check_data(
             "Cannot check data against a calibration of ranges alone: how many values lie beyond the thresholds is "
             "told by histograms. Calibrate again without --statistics minmax."
         )
+    refuse_idle_percentile(percentile, method)
     thresholds = calibration.amax(method, percentile=percentile)
     prepared = prepare(model)
     if not force:

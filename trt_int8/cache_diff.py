@@ -6,13 +6,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrators.calibration import DEFAULT_METHOD, DEFAULT_PERCENTILE, Calibration
+from calibrators.errors import CalibrationError
 from calibrators.files import read_bytes
 from calibrators.tensorrt_cache import TensorRTCache, release_of, why_unusable
 from trt_int8.console import make_table
+from trt_int8.idle_options import refuse_idle, refuse_idle_percentile
 from trt_int8.quantization import method_name
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 UNCHANGED = 1e-6
 """Scales that differ by less, in proportion, count as equal: float32 resolves 1.2e-7."""
+
+
+_NAMED = 3
+"""Tensors of a file that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +95,14 @@ class CacheDiff:
             "unusable": list(self.unusable),
         }
 
+    @property
+    def changed(self) -> tuple[MovedScale, ...]:
+        """Those of `moved` that did move."""
+        return tuple(row for row in self.moved if abs(row.factor - 1) > UNCHANGED)
+
     def table(self, limit: int | None) -> Table:
         """Return the tensors that moved farthest as a table, at most `limit` of them."""
-        changed = [row for row in self.moved if abs(row.factor - 1) > UNCHANGED]
+        changed = self.changed
         shown = changed if limit is None else changed[:limit]
         rows = [
             (row.tensor, f"{row.first:.5g}", f"{row.second:.5g}", f"{row.percent:+.1f}", f"{row.factor:.3g}x")
@@ -101,7 +113,7 @@ class CacheDiff:
 
     def lines(self, limit: int | None) -> list[str]:
         """Return what the table does not say; of the tensors that only one file holds, at most `limit` names each."""
-        same = sum(abs(row.factor - 1) <= UNCHANGED for row in self.moved)
+        same = len(self.moved) - len(self.changed)
         lines = [f"A: {self.first}", f"B: {self.second}", f"{len(self.moved)} tensors in both, {same} of them equal"]
         for which, names in (("A", self.only_first), ("B", self.only_second)):
             shown = names if limit is None else names[:limit]
@@ -129,10 +141,24 @@ def diff_caches(
     Raises:
         FileAccessError: a file is missing or unreadable.
         CacheFormatError: a file is neither.
-        CalibrationError: there is no such method.
+        CalibrationError: there is no such method, or no tensor is in both files.
+        UsageError: a method for two TensorRT caches, or a percentile for another method.
     """
+    if any(map(is_calibration, (first, second))):
+        refuse_idle_percentile(percentile, method)
+    else:
+        refuse_idle(
+            {"--method": method != DEFAULT_METHOD, "--percentile": percentile != DEFAULT_PERCENTILE},
+            "TensorRT caches hold the scales of their calibrators alone",
+            "compare a calibration with one of them",
+        )
     one, other = (read_scales(file, method=method, percentile=percentile) for file in (first, second))
     both = [name for name in one.scales if name in other.scales]
+    if not both:
+        raise CalibrationError(
+            f"Cannot compare {os.fspath(first)!r} and {os.fspath(second)!r}: they have no tensor in common. The first "
+            f"holds {_named(one.scales)}; the second {_named(other.scales)}. Expected two files of one model."
+        )
     unusable = [name for name in both if why_unusable(one.scales[name]) or why_unusable(other.scales[name])]
     rows = []
     for name in both:
@@ -163,6 +189,13 @@ def read_scales(file: str | os.PathLike[str], *, method: str, percentile: float)
         return ScaleFile(name, f"calibration, {method_name(method, percentile)}", scales)
     cache = TensorRTCache.load(file)
     return ScaleFile(name, f"TensorRT {release_of(cache.version)}, {cache.algorithm}", cache.scales)
+
+
+def _named(scales: Mapping[str, float]) -> str:
+    """Count the tensors of a file, and name the first ones."""
+    shown = list(islice(scales, _NAMED))
+    more = ", ..." if len(scales) > len(shown) else ""
+    return f"{len(scales)} tensors ({', '.join(shown)}{more})"
 
 
 def is_calibration(file: str | os.PathLike[str]) -> bool:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -31,6 +32,7 @@ from engines.tensorrt_names import FoundTensor, MissingTensor, contradictions, f
 from trt_int8.cache_import_result import ImportResult
 from trt_int8.choices import check_choice
 from trt_int8.errors import ConfigError, UsageError
+from trt_int8.idle_options import idle_wishes
 from trt_int8.outputs import check_output
 from trt_int8.placement_options import placement_entry, placement_options
 from trt_int8.quantization import write_quantized
@@ -80,7 +82,9 @@ def import_cache(
     prepared = prepare(model)
     lookup = _Lookup(content, prepared.ir(), _original(prepared), dict(renamed or {}))
     lookup.check_renamed()
-    placement = place_for_tensorrt(prepared.ir(), options)
+    graph = prepared.ir()
+    placement = place_for_tensorrt(graph, options)
+    idle = idle_wishes(options, placement, partial(place_for_tensorrt, graph))
     wanted = placement.tensors
     found, missing = lookup.find(wanted)
     _check(f"Cannot import {os.fspath(cache)!r} for {os.fspath(model)!r}", lookup, found, missing, allow_missing)
@@ -120,7 +124,7 @@ def import_cache(
         absent=lookup.absent(found),
         own=sum(is_tensorrts_own(name) and name not in used for name in content.scales),
         held=held,
-        notes=_notes(lookup, precision),
+        notes=(*_notes(lookup, precision), *idle),
     )
 
 

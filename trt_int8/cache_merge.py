@@ -103,11 +103,35 @@ def differing(first: Calibration, second: Calibration) -> list[str]:
 
 
 def _twice(paths: Sequence[str], parts: Sequence[Calibration]) -> str:
+    """Say which two parts hold the same samples; nothing where none are known to.
+
+    Equal hashes tell the same batches in the same order. Equal sums of all that was fed tell the same samples in other
+    batches or another order: the sums are exact, and depend on neither.
+    """
     for (path, part), (other_path, other) in combinations(zip(paths, parts, strict=True), 2):
         common = sorted((set(part.fingerprint.data) & set(other.fingerprint.data)) - {""})
         if common:
             return f"{path!r} and {other_path!r} were made from the same data ({_short(common[0])})"
+        if _same_sums(part, other):
+            samples = part.fingerprint.samples
+            return f"{path!r} and {other_path!r} were made from the same {samples} samples, cut or ordered otherwise"
     return ""
+
+
+def _same_sums(part: Calibration, other: Calibration) -> bool:
+    """Tell whether two parts were fed equal numbers of values with equal sums, sums of squares and ranges.
+
+    Whole numbers are not summed up, and inputs that never vary, such as a mask of ones, tell nothing apart.
+    """
+    sums = dict(part.input_statistics)
+    complete = bool(sums) and sums.keys() == part.input_shapes.keys()
+    vary = any(channel.minimum < channel.maximum for found in sums.values() for channel in found.channels)
+    return (
+        complete
+        and vary
+        and part.fingerprint.samples == other.fingerprint.samples
+        and sums == dict(other.input_statistics)
+    )
 
 
 def _short(text: str) -> str:

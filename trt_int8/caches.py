@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibrators.calibration import DEFAULT_METHOD, Calibration
+from calibrators.calibration import DEFAULT_METHOD, DEFAULT_PERCENTILE, Calibration
 from calibrators.errors import CalibrationError
 from calibrators.tensorrt_cache import ENTROPY_2, MINMAX, TensorRTCache, header_version, release_of, why_unusable
 from engines.tensorrt_names import is_tensorrts_own
 from trt_int8.cache_diff import is_calibration
 from trt_int8.console import make_table
 from trt_int8.errors import UsageError
+from trt_int8.idle_options import refuse_idle, refuse_idle_percentile
 from trt_int8.outputs import check_output
 from trt_int8.report_tensors import clipped_share
 
@@ -34,9 +35,15 @@ def show_table(file: str | os.PathLike[str], percentile: float) -> tuple[Table, 
     Raises:
         FileAccessError: the file is missing or unreadable.
         CacheFormatError: the file is neither.
+        UsageError: a percentile for a file that holds no histograms.
     """
+    asked = {"--percentile": percentile != DEFAULT_PERCENTILE}
     if is_calibration(file):
-        return _calibration_table(Calibration.load(file), Path(file).name, percentile)
+        calibration = Calibration.load(file)
+        if "percentile" not in calibration.searches:
+            refuse_idle(asked, "the calibration holds ranges alone", "calibrate without --statistics minmax")
+        return _calibration_table(calibration, Path(file).name, percentile)
+    refuse_idle(asked, "a TensorRT cache holds the scales of its calibrator alone", "show a calibration")
     return _cache_table(TensorRTCache.load(file), Path(file).name)
 
 
@@ -67,11 +74,12 @@ def export_cache(
     Raises:
         CalibrationError: TensorRT of that version has no calibrators, the method is unknown, or a scale cannot be used.
         ConfigError: `output` is the calibration itself.
-        UsageError: a method for a TensorRT cache.
+        UsageError: a method or percentile for a TensorRT cache, or a percentile for another method.
     """
     check_output(output, file)
     if is_calibration(file):
         calibration, method = Calibration.load(file), method or DEFAULT_METHOD
+        refuse_idle_percentile(percentile, method)
         cache = tensorrt_cache(calibration, method=method, percentile=percentile, tensorrt_version=tensorrt_version)
         origin = method
     else:
@@ -81,6 +89,11 @@ def export_cache(
                 f"--method {method} says which scales of a calibration to take; {os.fspath(file)!r} is a TensorRT "
                 f"cache, which holds those of {old.algorithm} alone. Leave it out."
             )
+        refuse_idle(
+            {"--percentile": percentile != DEFAULT_PERCENTILE},
+            "a TensorRT cache holds the scales of its calibrator alone",
+            "export a calibration",
+        )
         cache = _usable(TensorRTCache(_implicit_version(tensorrt_version), old.algorithm, old.scales))
         origin = f"{old.algorithm} of TensorRT {release_of(old.version)}"
     cache.save(output)

@@ -17,6 +17,7 @@ from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Tensor
 from trt_int8.checkpoint import Checkpoint
 from trt_int8.config import Search
 from trt_int8.data import DataSpec
+from trt_int8.idle_options import refuse_idle
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
@@ -34,7 +35,6 @@ def calibrate(
     batch_size: int | None = None,
     max_batches: int | None = DEFAULT_MAX_BATCHES,
     preprocessing: Preprocessing | None = None,
-    data_id: str | None = None,
     threads: int | None = None,
     statistics: Statistics = "histogram",
     stop_when_stable: Search | None = None,
@@ -58,9 +58,9 @@ def calibrate(
         batch_size: samples a batch, where the data is cut here; 1 by default.
         max_batches: stop after so many batches; None takes all.
         preprocessing: how images become arrays, for image folders.
-        data_id: a name for data that comes from a callable, so that its calibration can be recognised later.
         threads: number of batches that are run at a time, each in one thread; None takes one per usable core, but no
-            more than 8. The result does not depend on it.
+            more than 8. The result does not depend on it. For the processor of this machine: a GPU, or a worker of a
+            Ray cluster, runs one batch at a time.
         statistics: "histogram" keeps what every method takes its scales from; "minmax" only each tensor's range, which
             costs less, and serves the method "minmax" alone.
         stop_when_stable: end at 32, 64, 128, ... batches once no scale by this method has moved by more than 1 % over
@@ -97,9 +97,17 @@ def calibrate(
         CalibrationError: the checkpoint is of another model, or of a run that was told something else; the Ray cluster
             cannot be reached or does not do its work.
         MissingDependencyError: Ray is asked for and not installed.
-        UsageError: padding is told by two arrays, or is to be left out on a GPU.
+        UsageError: padding is told by two arrays, or is to be left out on a GPU; or an option would have no effect.
         TrtInt8Error: see `engines.graph.prepare` for the model's own errors.
     """
+    refuse_idle(
+        {
+            "resume": checkpoint is None and resume,
+            "checkpoint_every": checkpoint is None and checkpoint_every is not None,
+        },
+        "there is no checkpoint",
+        "name its file with checkpoint",
+    )
     job = CalibrationJob(
         model,
         data,
@@ -107,7 +115,6 @@ def calibrate(
         batch_size=batch_size,
         max_batches=max_batches,
         preprocessing=preprocessing,
-        data_id=data_id,
         threads=threads,
         statistics=statistics,
         stop_when_stable=stop_when_stable,

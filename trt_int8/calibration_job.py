@@ -36,6 +36,7 @@ from trt_int8.config import Search
 from trt_int8.data import DataSpec, open_data, padding_from
 from trt_int8.errors import DataError, UsageError
 from trt_int8.float_models import check_float
+from trt_int8.idle_options import refuse_idle
 from trt_int8.ray_cluster import RayCluster
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ class CalibrationJob:
         batch_size: int | None = None,
         max_batches: int | None = DEFAULT_MAX_BATCHES,
         preprocessing: Preprocessing | None = None,
-        data_id: str | None = None,
         threads: int | None = None,
         statistics: Statistics = "histogram",
         stop_when_stable: Search | None = None,
@@ -100,6 +100,16 @@ class CalibrationJob:
                 f"Cannot leave padding out by the {padding} where activations are counted on a GPU (--backend "
                 f"{backend}): they are counted whole there. Take --backend onnxruntime."
             )
+        refuse_idle(
+            {"--threads": threads is not None and self._cluster is not None},
+            "each worker of a Ray cluster runs one batch at a time",
+            "calibrate without --ray",
+        )
+        refuse_idle(
+            {"--threads": threads is not None and backend != "auto" and self._backend.on_gpu},
+            "a GPU runs one batch at a time",
+            "take --backend onnxruntime",
+        )
         check_float(model, "calibrate")
         self._prepared = prepare(model)
         inputs, _ = tensor_specs(self._prepared.proto)
@@ -110,7 +120,6 @@ class CalibrationJob:
             batch_size=batch_size,
             max_batches=max_batches,
             preprocessing=preprocessing,
-            data_id=data_id,
             padding=padding,
         )
         self._padded = None if padding is None else find_padding(self._prepared, self._tensors, padding)

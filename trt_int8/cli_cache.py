@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,11 +15,13 @@ from trt_int8.cli_options import (
     ForceOption,
     IncludeOption,
     JsonOption,
+    MaxBatches,
     MethodName,
     PercentileOption,
     PreprocessingOption,
+    QuantizedOption,
     ResidualOption,
-    ThreadsOption,
+    WorkersOption,
     read_preprocessing,
     write_json,
 )
@@ -31,7 +33,6 @@ cache = typer.Typer(
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="calibration.npz or a TensorRT cache.")]
 MethodOption = Annotated[MethodName, typer.Option("--method", help="Of a calibration's methods.")]
-QuantizedName = Literal["int8", "int8+fp16"]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="Show so many tensors.")]
 
 
@@ -55,7 +56,7 @@ def export(
     file: FileArgument,
     output: Annotated[Path, typer.Option("--output", help="File to write.")] = Path("calibration.cache"),
     method: Annotated[
-        str | None, typer.Option("--method", help="minmax, entropy (default), percentile, mse or auto.")
+        MethodName | None, typer.Option("--method", help="Of a calibration's methods (default entropy).")
     ] = None,
     percentile: PercentileOption = 99.99,
     tensorrt: Annotated[
@@ -95,7 +96,8 @@ def diff(
     from trt_int8.console import console
 
     result = diff_caches(first, second, method=method, percentile=percentile)
-    console().print(result.table(limit))
+    if result.changed:
+        console().print(result.table(limit))
     for line in result.lines(limit):
         typer.echo(line)
     write_json(json, result.to_json())
@@ -110,9 +112,7 @@ def import_(
     attention: AttentionOption = "float",
     exclude: ExcludeOption = None,
     include: IncludeOption = None,
-    precision: Annotated[
-        QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16.")
-    ] = "int8",
+    precision: QuantizedOption = "int8",
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave nodes float whose scales the cache lacks.")
     ] = False,
@@ -149,14 +149,14 @@ def check(
     method: MethodOption = "entropy",
     percentile: PercentileOption = 99.99,
     batch_size: BatchSize = None,
-    max_batches: Annotated[int, typer.Option("--max-batches", min=1, help="Stop after so many batches.")] = 1000,
+    max_batches: MaxBatches = 1000,
     max_clipped: Annotated[
         float | None,
         typer.Option("--max-clipped", metavar="PERCENT", min=0, max=100, help="Exit with 3 if a tensor clips more."),
     ] = None,
     limit: LimitOption = 30,
     preprocessing: PreprocessingOption = None,
-    threads: ThreadsOption = None,
+    threads: WorkersOption = None,
     force: ForceOption = False,
     json: JsonOption = None,
 ) -> None:

@@ -78,9 +78,10 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     aim = "ONNX Runtime's integer kernels"
     if report["target"] == "tensorrt":
         aim = f"TensorRT {' and '.join(map(str, report['tensorrt']))}"
+    form = f" ({report['integer']} as operators on integers)" if report["integer"] else ""
     yield (
         f"{report['model']} for {aim}: opset {report['opset']}, {report['quantized']} of {report['weighted']} "
-        f"weighted nodes quantized, {_count(report['pairs'], 'pair')} on activations"
+        f"weighted nodes quantized{form}, {_count(report['pairs'], 'pair')} on activations"
     )
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for finding in report["findings"]:

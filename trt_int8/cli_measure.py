@@ -11,10 +11,12 @@ from trt_int8.cli_options import (
     BatchSize,
     DataOption,
     ExecutionName,
+    ForceOption,
     JsonOption,
-    OptionalData,
     PreprocessingOption,
     ThreadsOption,
+    TimedBatch,
+    TimedData,
     TrustOption,
     read_preprocessing,
     write_json,
@@ -27,8 +29,8 @@ def bench(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL...", help="ONNX files and engines; the first is the reference.")
     ],
-    data: OptionalData = None,
-    batch_size: BatchSize = None,
+    data: TimedData = None,
+    batch_size: TimedBatch = None,
     shapes: Annotated[
         ShapesName | None,
         typer.Option("--shapes", help="Of dynamic axes: as built for or calibrated (default: as the data are)."),
@@ -49,6 +51,7 @@ def bench(
     ] = None,
     no_cuda_graph: Annotated[bool, typer.Option("--no-cuda-graph", help="Engines: launch kernel by kernel.")] = False,
     trust: TrustOption = False,
+    force: ForceOption = False,
     rounds: Annotated[int, typer.Option("--rounds", min=5, help="Interleaved rounds.")] = 20,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time for all rounds.")] = 10.0,
     json_file: JsonOption = None,
@@ -75,6 +78,7 @@ def bench(
         transfers=transfers,
         cuda_graph=not no_cuda_graph,
         trust=trust,
+        force=force,
         rounds=rounds,
         budget_s=seconds,
         track=track,
@@ -143,22 +147,27 @@ def inspect(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="ENGINE", help="Another engine of the same network.")
     ] = None,
-    data: OptionalData = None,
-    batch_size: BatchSize = None,
+    data: TimedData = None,
+    batch_size: TimedBatch = None,
     preprocessing: PreprocessingOption = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs that layers are timed in.")] = 20,
+    runs: Annotated[
+        int | None, typer.Option("--runs", min=1, help="Runs that layers are timed in (default 20).")
+    ] = None,
     no_profile: Annotated[bool, typer.Option("--no-profile", help="Time nothing.")] = False,
     trust: TrustOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Show which layers of an engine really run in INT8, and how long each takes."""
     from trt_int8.console import console
+    from trt_int8.idle_options import refuse_idle
+    from trt_int8.inspection import DEFAULT_RUNS
     from trt_int8.inspection import inspect as stage
     from trt_int8.inspection_tables import inspection_lines, inspection_tables
     from trt_int8.model_files import check_result_file
 
     if json_file is not None:
         check_result_file(json_file, engine, model, against, data)
+    refuse_idle({"--runs": no_profile and runs is not None}, "--no-profile times nothing", "leave --no-profile out")
     result = stage(
         engine,
         model=model,
@@ -166,7 +175,7 @@ def inspect(
         data=data,
         batch_size=batch_size,
         preprocessing=read_preprocessing(preprocessing),
-        runs=0 if no_profile else runs,
+        runs=0 if no_profile else runs or DEFAULT_RUNS,
         trust=trust,
     ).to_json()
     write_json(json_file, result)

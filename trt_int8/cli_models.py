@@ -14,20 +14,20 @@ from trt_int8.cli_options import (
     ExcludeOption,
     ForceOption,
     IncludeOption,
+    MaxBatches,
     MethodName,
     ModelArgument,
-    OptionalData,
-    PercentileOption,
     PreprocessingOption,
+    QuantizedOption,
     ResidualOption,
     TargetName,
+    WorkersOption,
     read_preprocessing,
 )
 
 ModeName = Literal["static", "dynamic", "weight-only"]
 WeightsName = Literal["per-channel", "per-tensor"]
 ActivationsName = Literal["symmetric", "affine"]
-QuantizedName = Literal["int8", "int8+fp16"]
 TensorsName = Literal["quantized", "all"]
 CalibrateBackend = Literal["auto", "onnxruntime", "cuda", "tensorrt"]
 SearchName = Literal["minmax", "entropy", "percentile", "mse"]
@@ -55,12 +55,16 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights.")] = None,
     checkpoint_key: Annotated[str | None, typer.Option("--checkpoint-key", help="Where they lie in it.")] = None,
     opset: Annotated[int, typer.Option("--opset", min=19, help="ONNX opset.")] = 20,
-    data: OptionalData = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="What a factory's model is checked on (default: random numbers)."),
+    ] = None,
     preprocessing: PreprocessingOption = None,
 ) -> None:
     """Export a PyTorch model to ONNX and check the outputs."""
     from trt_int8.export_options import model_config
     from trt_int8.export_stage import export_configured
+    from trt_int8.idle_options import refuse_idle, refuse_unread_preprocessing
     from trt_int8.outputs import check_output
     from trt_int8.progress import track
 
@@ -73,6 +77,12 @@ def export(
         checkpoint=checkpoint,
         checkpoint_key=checkpoint_key,
         opset=opset,
+    )
+    refuse_unread_preprocessing(preprocessing, data)
+    refuse_idle(
+        {"--data": data is not None and config.kind != "factory"},
+        f"only what a factory makes is fed, to be exported and checked; {model} holds its graph",
+        "export from package.module:factory",
     )
     result = export_configured(config, output, data=data, preprocessing=read_preprocessing(preprocessing), track=track)
     typer.echo(f"{result.path}: opset {result.opset}, {result.size_bytes} bytes")
@@ -93,12 +103,10 @@ def calibrate(
     data: DataOption,
     output: Annotated[Path, typer.Option("--output", help="File to write.")] = Path("calibration.npz"),
     batch_size: BatchSize = None,
-    max_batches: Annotated[int, typer.Option("--max-batches", min=1, help="Stop after so many batches.")] = 1000,
+    max_batches: MaxBatches = 1000,
     tensors: Annotated[TensorsName, typer.Option("--tensors", help="Which tensors.")] = "quantized",
     preprocessing: PreprocessingOption = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Batches run at a time, a thread each (default: all cores).")
-    ] = None,
+    threads: WorkersOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Calibrate anew, even if the file there fits.")] = False,
     checkpoint_every: Annotated[
@@ -184,11 +192,11 @@ def quantize(
         ModeName, typer.Option("--mode", help="Scales of activations: calibrated, found at every run, or none.")
     ] = "static",
     method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
-    percentile: PercentileOption = 99.99,
+    percentile: Annotated[
+        float, typer.Option("--percentile", help="Of --method percentile, and where auto tries it.")
+    ] = 99.99,
     target: Annotated[TargetName, typer.Option("--target", help="Whose kernels.")] = "tensorrt",
-    precision: Annotated[
-        QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16.")
-    ] = "int8",
+    precision: QuantizedOption = "int8",
     weights: Annotated[WeightsName, typer.Option("--weights", help="Scales of a weight.")] = "per-channel",
     activations: Annotated[
         ActivationsName, typer.Option("--activations", help="Codes of activations; affine for --target cpu alone.")
@@ -201,7 +209,14 @@ def quantize(
     ] = None,
     exclude: ExcludeOption = None,
     include: IncludeOption = None,
-    data: OptionalData = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="With --smooth: calibration data; else with auto: held-back data."),
+    ] = None,
+    held_back: Annotated[
+        str | None,
+        typer.Option("--held-back", metavar="DATA", help="With --method auto and --smooth: what auto judges on."),
+    ] = None,
     preprocessing: PreprocessingOption = None,
     force: ForceOption = False,
     explain: Annotated[bool, typer.Option("--explain", help="List every node and every Q/DQ pair: why.")] = False,
@@ -212,7 +227,7 @@ def quantize(
     from trt_int8.progress import track
     from trt_int8.quantization import quantize as stage
 
-    check_output(output, model, calibration, data)
+    check_output(output, model, calibration, data, held_back)
     result = stage(
         model,
         None if calibration is None else Calibration.load(calibration),
@@ -230,6 +245,7 @@ def quantize(
         exclude=exclude or [],
         include=include or [],
         data=data,
+        held_back=held_back,
         preprocessing=read_preprocessing(preprocessing),
         force=force,
         track=track,
@@ -268,7 +284,9 @@ def build(
         typer.Option("--calibration", metavar="FILE", help="Scales, FP16 range and shapes of an FP32 model."),
     ] = None,
     method: Annotated[MethodName, typer.Option("--method", help="Calibration method.")] = "entropy",
-    percentile: PercentileOption = 99.99,
+    percentile: Annotated[
+        float, typer.Option("--percentile", help="Of --method percentile, or --calibrator percentile.")
+    ] = 99.99,
     residual: ResidualOption = "int8",
     attention: AttentionOption = "float",
     exclude: ExcludeOption = None,
@@ -309,7 +327,7 @@ def build(
         CalibratorWord | None, typer.Option("--calibrator", help="With --data: which one (default entropy2).")
     ] = None,
     batch_size: BatchSize = None,
-    max_batches: Annotated[int, typer.Option("--max-batches", min=1, help="Read so many batches at most.")] = 1000,
+    max_batches: MaxBatches = 1000,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="FILE", help="With --data: kept scales (default DIR/MODEL.CALIBRATOR.cache)."),

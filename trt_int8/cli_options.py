@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MethodName = Literal["minmax", "entropy", "percentile", "mse", "auto"]
 TargetName = Literal["tensorrt", "cpu"]
+QuantizedName = Literal["int8", "int8+fp16"]
 ExecutionName = Literal["exact", "native"]
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.")]
@@ -24,16 +25,32 @@ DataOption = Annotated[
         help=".npz, folder of batches, image folder, package.module:callable, or Polygraphy inputs.",
     ),
 ]
-OptionalData = Annotated[str | None, typer.Option("--data", metavar="DATA", help="As for calibrate.")]
+TimedData = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help="As for calibrate (default: random numbers).")
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples a batch (default 1).")]
+TimedBatch = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Samples a batch (default 1; without --data as an engine was built)."),
+]
+MaxBatches = Annotated[int, typer.Option("--max-batches", min=1, help="Stop after so many batches.")]
 PreprocessingOption = Annotated[
     Path | None,
     typer.Option("--preprocessing", metavar="YAML", help="Preprocessing of an image folder (see examples/)."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside an operator.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Batches run at a time, a thread each (default: one a core, 8 at most)."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 PercentileOption = Annotated[float, typer.Option("--percentile", help="Of --method percentile.")]
-ResidualOption = Annotated[Literal["int8", "float"], typer.Option("--residual", help="Skip input of residual Adds.")]
+QuantizedOption = Annotated[
+    QuantizedName, typer.Option("--precision", help="The other layers in FP32, or in FP16 (TensorRT alone).")
+]
+ResidualOption = Annotated[
+    Literal["int8", "float"], typer.Option("--residual", help="Skip input of residual Adds (TensorRT alone).")
+]
 AttentionOption = Annotated[
     Literal["float", "int8"],
     typer.Option("--attention", help="Products of queries, keys and values (TensorRT alone)."),

@@ -117,7 +117,8 @@ class DataConfig(Section):
     )
     held_back: str | None = Field(
         default=None,
-        description="data that method auto chooses by; null takes the calibration data, never the evaluation's",
+        description="data that method auto chooses by; null takes the calibration data, never the evaluation's; name "
+        "others with quantize.smooth, which fits the model to the calibration data",
     )
     labels: str | None = Field(
         default=None, description="name of the array with the labels; null compares with the FP32 outputs only"
@@ -166,7 +167,7 @@ class CalibrateConfig(Section):
     )
     threads: PositiveInt | None = Field(
         default=None,
-        description="batches run at a time, each by one thread; null takes benchmark.threads, or all cores",
+        description="batches run at a time, each by one thread, in smoothing too; null takes one per core, 8 at most",
     )
     max_memory_mib: Annotated[Number, Field(gt=0)] | None = Field(
         default=None, description="for activations; what takes more is split over several passes; null takes one pass"
@@ -191,7 +192,8 @@ class QuantizeConfig(Section):
     percentile: Number = Field(default=99.99, gt=0, le=100, description="per cent of |x| that method percentile keeps")
     residual: Literal["int8", "float"] = Field(
         default="int8",
-        description="skip connections in int8, as TensorRT fuses them, or in float: slower, more accurate",
+        description="skip connections in int8, as TensorRT fuses them, or in float: slower, more accurate; float for "
+        "target tensorrt alone",
     )
     attention: Literal["float", "int8"] = Field(
         default="float", description="products of queries, keys and values; int8 for target tensorrt alone"
@@ -241,6 +243,8 @@ class QuantizeConfig(Section):
             raise ValueError("activations is 'affine', expected cpu among targets: TensorRT's codes are symmetric")
         if self.attention == "int8" and "tensorrt" not in self.targets:
             raise ValueError("attention is 'int8', expected tensorrt among targets: it stays float on the CPU")
+        if self.residual == "float" and "tensorrt" not in self.targets:
+            raise ValueError("residual is 'float', expected tensorrt among targets: it is in int8 on the CPU")
         for name, patterns in (("exclude", self.exclude), ("include", self.include)):
             for pattern in patterns:
                 try:
@@ -257,7 +261,9 @@ class BenchmarkConfig(Section):
     budget_s: Number = Field(default=10.0, gt=0, description="seconds for all rounds together")
     warmup_s: Number = Field(default=0.2, gt=0, description="seconds of untimed inference before, for each model")
     threads: PositiveInt | None = Field(
-        default=None, description="threads inside an operator; null is ONNX Runtime's default, one per physical core"
+        default=None,
+        description="threads inside an operator while models are timed and judged; null is ONNX Runtime's default, one "
+        "per physical core",
     )
     shapes: Literal["min", "opt", "max", "all"] | None = Field(
         default=None,
@@ -288,6 +294,16 @@ class RunConfig(Section):
     benchmark: BenchmarkConfig = Field(default=BenchmarkConfig(), description="timing")
     accuracy: AccuracyConfig = Field(default=AccuracyConfig(), description="judging the models")
     output: Path | None = Field(default=None, description="folder of the results; null is runs/NAME for NAME.yaml")
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        padding = self.data.padding_mask or self.data.lengths
+        if self.quantize.smooth is not None and padding is not None:
+            raise ValueError(
+                f"quantize.smooth is {self.quantize.smooth:g} and data names {padding!r} to leave padding out, which "
+                "smoothing would count: expected one of them, or a file for each batch of sequences without padding"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -115,6 +115,11 @@ class BatchSource:
         return self._data_hash
 
     @property
+    def from_files(self) -> bool:
+        """Whether files alone tell the data from others, so that a `data_id` has nothing to say."""
+        return self._stream.hash_files is not None
+
+    @property
     def rolling_hash(self) -> str | None:
         """The `rolling_hash` of the last batch of the latest complete pass; None before one."""
         return self._rolling_hash

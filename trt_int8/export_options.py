@@ -53,8 +53,7 @@ def model_config(
         raw["checkpoint"] = checkpoint
     if checkpoint_key is not None:
         raw["checkpoint_key"] = checkpoint_key
-    if not source.lower().endswith(".onnx"):
-        raw["opset"] = opset
+    raw["opset"] = opset
     return validated(ModelConfig, raw, f"the options for {source!r}")
 
 

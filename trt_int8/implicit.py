@@ -53,7 +53,6 @@ class CalibrationFeed:
         batch_size: as the user gave it.
         max_batches: read no more batches than this.
         preprocessing: how images become arrays.
-        data_id: identity of data that come from code.
         short_batch: what a streaming calibrator does with a batch that lacks samples.
     """
 
@@ -65,7 +64,6 @@ class CalibrationFeed:
     batch_size: int | None
     max_batches: int | None
     preprocessing: Preprocessing | None
-    data_id: str | None
     short_batch: ShortBatch
 
 
@@ -186,7 +184,6 @@ def _percentile(trt: Any, prepared: PreparedModel, feed: CalibrationFeed, look: 
             batch_size=feed.batch_size,
             max_batches=feed.max_batches,
             preprocessing=feed.preprocessing,
-            data_id=feed.data_id,
             track=track,
         )
         scales = calibration.scales("percentile", percentile=feed.percentile)

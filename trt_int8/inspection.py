@@ -22,6 +22,7 @@ from engines.trt_profile import inspect_engine
 from engines.trt_runner import TensorRTRunner
 from trt_int8.data import DataSpec, open_data
 from trt_int8.errors import ConfigError, FileAccessError, ModelError
+from trt_int8.idle_options import refuse_unread_preprocessing
 from trt_int8.random_data import random_feeds
 from trt_int8.runners import titles
 from trt_int8.shared_inputs import check_profile, shared_inputs
@@ -109,6 +110,7 @@ def inspect(
         trust: load engines that no sidecar covers.
 
     Raises:
+        UsageError: a preprocessing without data.
         ConfigError: a file is no engine by its name, or neither of two engines has a model to join them by.
         FileAccessError: a file is missing.
         ModelError: the model is no ONNX model, or that of another engine.
@@ -117,6 +119,7 @@ def inspect(
         DataError: the data do not fit.
         InferenceError: the inputs lie outside of the shapes that an engine was built for.
     """
+    refuse_unread_preprocessing(preprocessing, data)
     plans = [engine] if against is None else [engine, against]
     for plan in plans:
         if not is_engine(plan):

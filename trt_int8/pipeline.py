@@ -32,7 +32,7 @@ from trt_int8.engine_stage import build_engines, check_shapes, check_timed_shape
 from trt_int8.entry_points import source_file
 from trt_int8.export_stage import export_configured
 from trt_int8.machine import describe_machine
-from trt_int8.quantize_stage import quantize_all, save_cache
+from trt_int8.quantize_stage import check_wishes, quantize_all, save_cache
 from trt_int8.report import render_report
 from trt_int8.run_data import RunData, Use
 from trt_int8.run_folder import RunFolder, write_json
@@ -112,7 +112,7 @@ class Pipeline:
             resume=self._resume,
         )
         model = self._export(run)
-        self._check_data(run)
+        self._check(run)
         calibration = self._calibrate(run, model)
         self._quantize(run, model, calibration)
         self._build(run, calibration)
@@ -166,8 +166,7 @@ class Pipeline:
                 batch_size=data.batch_size,
                 max_batches=data.max_batches,
                 preprocessing=data.preprocessing_for(data.calibration),
-                data_id=data.data_id,
-                threads=config.threads or self.config.benchmark.threads,
+                threads=config.threads if config.backend in ("onnxruntime", "auto") else None,
                 stop_when_stable=config.stop_when_stable,
                 max_memory_bytes=None if memory is None else int(memory * 2**20),
                 backend=config.backend,
@@ -211,6 +210,10 @@ class Pipeline:
         }
 
         def write() -> None:
+            if config.smooth is not None and "auto" in config.methods and data.held_back is None:
+                self._announce(
+                    "auto judges on the calibration data, which smooth the model: data.held_back would name others"
+                )
             made = quantize_all(
                 self.config,
                 self.plan.variants,
@@ -336,13 +339,14 @@ class Pipeline:
             {"tensorrt": machine["versions"]["tensorrt"], "gpus": machine["cuda"]["gpus"]} if self.plan.engines else {}
         )
 
-    def _check_data(self, run: RunFolder) -> None:
+    def _check(self, run: RunFolder) -> None:
         model = OnnxRuntimeRunner(run.file(MODEL), name=MODEL)
         if self.plan.engines:
             check_shapes(self.config, model.inputs)
         if self.config.benchmark.shapes is not None:
             check_timed_shapes(self.config, model.inputs)
         unknown = self._data.check(model)
+        check_wishes(self.config, self.plan.variants, run.file(MODEL))
         if self._resume and unknown:
             self._announce(
                 f"what was made from {' and '.join(unknown)} is made again: data from code may have changed; "

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.calibration import Calibration
 from calibrators.numerics import LEVELS
 from calibrators.protocols import Track, untracked
-from engines.fp16 import HeldNode, convert_to_fp16
+from engines.fp16 import UNCALIBRATED, HeldNode, convert_to_fp16
 from engines.granularity import Activations, Weights, with_affine_activations, with_one_weight_scale
 from engines.graph import PreparedModel, prepare, save_model
 from engines.mixed import mixed_graph
 from engines.onnxrt import tensor_specs
 from engines.placement import Placement, Target
 from engines.placement_cpu import place_for_cpu
-from engines.placement_options import Attention, PlacementOptions, Residual
+from engines.placement_options import Attention, Residual
 from engines.placement_tensorrt import place_for_tensorrt
 from engines.qdq import FULL_WEIGHT_RANGE, QuantizedModel, insert_qdq
 from engines.scale_groups import without_silent
@@ -26,14 +27,15 @@ from trt_int8.calibration import check_fits
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
 from trt_int8.data import DataSpec, open_data
-from trt_int8.errors import UsageError
+from trt_int8.idle_options import idle_wishes
 from trt_int8.input_alarm import INPUTS_KEY, note_inputs, summary_text
 from trt_int8.machine import saturates_unsigned_products
 from trt_int8.placement_options import placement_entry, placement_options
+from trt_int8.quantize_checks import Asked, check_asked
 from trt_int8.quantize_modes import quantize_dynamically, quantize_weights_only
 from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY, Fp16Result, Int8Precision, Mode, QuantizeResult
 from trt_int8.saturation import saturation_note
-from trt_int8.smoothing import Smoothed, smooth_model
+from trt_int8.smoothing import Smoothed, check_smoothing, smooth_model
 
 if TYPE_CHECKING:
     from trt_int8.images import Preprocessing
@@ -57,6 +59,7 @@ def quantize(
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
     data: DataSpec | None = None,
+    held_back: DataSpec | None = None,
     preprocessing: Preprocessing | None = None,
     reduce_range: bool | None = None,
     force: bool = False,
@@ -87,9 +90,11 @@ def quantize(
             `trt_int8.smoothing`. None leaves the model as it is; else `data` is read twice.
         exclude: regular expressions; weighted nodes whose whole name matches stay float.
         include: the same for nodes to quantize against a rule about speed or accuracy; see `engines.node_rules`.
-        data: held-back data for "auto"; for `smooth`, calibration data.
-        preprocessing: of `data`, for image folders.
-        reduce_range: 7-bit weights on the CPU target where products could saturate; None decides by this processor.
+        data: calibration data for `smooth`, and held-back data for "auto" where nothing is smoothed.
+        held_back: held-back data for "auto", which must not judge on what a model was smoothed by.
+        preprocessing: of `data` and `held_back`, for image folders.
+        reduce_range: 7-bit weights where products could saturate; None decides by this processor on the CPU target, and
+            takes all 8 bits on TensorRT's.
         force: use a calibration of another graph where the tensor names fit.
         auto: a choice made before, for the other target; saves measuring again.
         smoothed: the model as `trt_int8.smoothing.smooth_model` left it, instead of `smooth`; saves its passes.
@@ -98,8 +103,9 @@ def quantize(
     Raises:
         CalibrationError: the calibration belongs to another model, or lacks a scale.
         ModelError: an expression of `exclude` or `include` matches nothing, or the mode finds nothing to quantize.
-        UsageError: "int8+fp16" for the CPU target, affine activations or dynamic quantization for TensorRT, or a
-            calibration that the mode does not take, or lacks.
+        UsageError: "int8+fp16" for the CPU target, affine activations or dynamic quantization for TensorRT, a
+            calibration that the mode lacks, one that cannot be smoothed, or an option that would have no effect beside
+            the others. What has none in this model is told in the notes.
     """
     if isinstance(calibration, str | os.PathLike):
         calibration = Calibration.load(calibration)
@@ -109,63 +115,53 @@ def quantize(
     check_choice("target", target, Target)
     check_choice("precision", precision, Int8Precision)
     options = placement_options(residual, attention, exclude, include)
-    if precision == "int8+fp16" and target == "cpu":
-        raise UsageError(
-            "Cannot write int8+fp16 for the target cpu: ONNX Runtime's CPU kernels compute the layers that are not "
-            "quantized in FP32. Take the precision int8, or the target tensorrt."
-        )
-    if activations == "affine" and target != "cpu":
-        raise UsageError(
-            "Cannot write affine activations for the target tensorrt: TensorRT's INT8 is symmetric, with zero point 0. "
-            "Take the target cpu, or symmetric activations."
-        )
-    if attention == "int8" and target != "tensorrt":
-        raise UsageError(
-            "Cannot quantize attention products for the target cpu: they stay float there. Take the target tensorrt, "
-            "or attention float."
-        )
-    if mode != "static":
-        _check_mode(
-            mode,
-            calibration,
-            options,
+    check_asked(
+        Asked(
+            mode=mode,
             target=target,
             precision=precision,
             activations=activations,
+            placement=options,
+            method=method,
+            percentile=percentile,
+            calibration=calibration is not None,
             smooth=smooth is not None,
             data=data is not None,
+            held_back=held_back is not None,
+            preprocessing=preprocessing is not None,
+            chosen=auto is not None,
+            reduce_range=reduce_range is not None,
+            force=force,
         )
-        if mode == "dynamic":
-            return quantize_dynamically(model, output, options=options, weights=weights, reduce_range=reduce_range)
-        return quantize_weights_only(model, output, options=options, target=target, weights=weights)
+    )
+    if mode == "dynamic":
+        return quantize_dynamically(model, output, options=options, weights=weights, reduce_range=reduce_range)
     if calibration is None:
-        raise UsageError(
-            "Cannot quantize in the mode static without a calibration: the scales of activations come from it. Make "
-            "one with `trt-int8 calibrate`, or take the mode dynamic or weight-only."
-        )
+        return quantize_weights_only(model, output, options=options, target=target, weights=weights)
+    if smooth is not None:
+        check_smoothing(calibration, data, smooth)
     calibration.scales(method, percentile=percentile)  # what it cannot serve is told before anything slow
     prepared = prepare(model)
     if not force:
         check_fits(calibration, prepared)
-    if smooth is not None and smoothed is None:
+    if smooth is not None:
         smoothed = smooth_model(prepared, calibration, data, smooth, preprocessing=preprocessing, track=track)
     if smoothed is not None:
         prepared, calibration = smoothed.prepared, smoothed.calibration
     graph = prepared.ir()
     largest = calibration.amax("minmax")
-    if method == "auto" and data is not None and auto is None:
+    judging = held_back if held_back is not None or smooth is not None else data
+    if method == "auto" and judging is not None and auto is None:
         judged = place_for_tensorrt(graph, options, amax=largest)
-        auto = _choose(prepared, judged, calibration, data, preprocessing, percentile, track)
+        auto = _choose(prepared, judged, calibration, judging, preprocessing, percentile, track)
     scales = calibration.scales(method, percentile=percentile)
     if method == "auto" and auto is not None:
         # Tensors that only the CPU placement quantizes take the method that won for the whole model.
         scales = calibration.scales(_majority(auto), percentile=percentile) | auto.scales
-    if target == "cpu":
-        placement = place_for_cpu(graph, options, amax=largest)
-        reduced = saturates_unsigned_products() if reduce_range is None else reduce_range
-    else:
-        placement = place_for_tensorrt(graph, options, amax=largest)
-        reduced = bool(reduce_range)
+    place = partial(place_for_cpu if target == "cpu" else place_for_tensorrt, graph, amax=largest)
+    placement = place(options)
+    idle = idle_wishes(options, placement, place)
+    reduced = target == "cpu" and saturates_unsigned_products() if reduce_range is None else reduce_range
     scales = without_silent(placement, scales, calibration.always_zero)
     if weights == "per-tensor":
         placement = with_one_weight_scale(placement)
@@ -199,7 +195,9 @@ def quantize(
         auto if method == "auto" else None,
         (
             *(() if smoothed is None else smoothed.notes),
+            *idle,
             *_notes(quantized, calibration, method, auto),
+            *range_notes(held),
             *_saturation(quantized.placement, calibration, method, percentile),
         ),
     )
@@ -268,39 +266,19 @@ def convert_fp16(
     return Fp16Result(Path(output), converted.held, converted.nodes)
 
 
+def range_notes(held: Sequence[HeldNode]) -> tuple[str, ...]:
+    """Say how nodes that stay FP32 because nothing tells their values' range get one; nothing where there are none."""
+    unknown = sum(UNCALIBRATED in node.reason for node in held)
+    if not unknown:
+        return ()
+    nodes = "1 node" if unknown == 1 else f"{unknown} nodes"
+    why = f"the calibration does not tell how large the values of {nodes} get, which FP32 holds whatever they are"
+    return (f"{why}. Calibrate with --tensors all to know the range of every tensor.",)
+
+
 def method_name(method: str, percentile: float) -> str:
     """Return a calibration method together with what it is told by: "percentile 99.99"."""
     return f"percentile {percentile:g}" if method == "percentile" else method
-
-
-def _check_mode(
-    mode: Mode,
-    calibration: Calibration | None,
-    options: PlacementOptions,
-    *,
-    target: Target,
-    precision: Int8Precision,
-    activations: Activations,
-    smooth: bool,
-    data: bool,
-) -> None:
-    """Refuse what a mode without calibration has no use for, rather than ignoring it."""
-    if mode == "dynamic" and target != "cpu":
-        raise UsageError(
-            "Cannot quantize dynamically for the target tensorrt: TensorRT has no INT8 kernels that find their scales "
-            "at run time. Take the target cpu, or the mode static."
-        )
-    unused = {
-        "a calibration": calibration is not None,
-        "the precision int8+fp16": precision != "int8",
-        "affine activations (dynamic ones always are)": activations != "symmetric",
-        "smoothing": smooth,
-        "data": data,
-        "attention int8": options.attention != "float",
-    }
-    for what, given in unused.items():
-        if given:
-            raise UsageError(f"The mode {mode} does not take {what}: that is for the mode static. Leave it out.")
 
 
 def _choose(

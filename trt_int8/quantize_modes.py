@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from engines.placement_cpu import place_for_cpu
 from engines.placement_options import PlacementOptions
 from engines.qdq import insert_qdq
 from trt_int8.float_models import check_float
+from trt_int8.idle_options import idle_wishes
 from trt_int8.machine import saturates_unsigned_products
 from trt_int8.placement_options import placement_entry
 from trt_int8.quantize_result import METHOD_KEY, MODE_KEY, WEIGHT_ONLY, Mode, QuantizeResult
@@ -54,6 +56,7 @@ def quantize_dynamically(
     check_float(model, "quantize")
     prepared = prepare(model)
     placement = place_dynamically(prepared, options)
+    idle = idle_wishes(options, placement, partial(place_dynamically, prepared))
     proto = write_dynamic(
         prepared,
         placement,
@@ -63,7 +66,7 @@ def quantize_dynamically(
     )
     open_session(proto, execution="native")
     save_model(proto, output)
-    return _result(output, placement, "dynamic", DYNAMIC_NOTE)
+    return _result(output, placement, "dynamic", (DYNAMIC_NOTE, *idle))
 
 
 def quantize_weights_only(
@@ -88,14 +91,16 @@ def quantize_weights_only(
     """
     check_float(model, "quantize")
     prepared = prepare(model)
-    placed = replace(place_for_cpu(prepared.ir(), options), target=target)
+    place = partial(place_for_cpu, prepared.ir())
+    placed = replace(place(options), target=target)
+    idle = idle_wishes(options, placed, place)
     placement = _weights_of(prepared, with_one_weight_scale(placed) if weights == "per-tensor" else placed)
     metadata = {METHOD_KEY: "weight-only", MODE_KEY: "weight-only", **placement_entry(options)}
     quantized = insert_qdq(prepared, placement, {}, metadata=metadata)
     proto = ir.to_proto(quantized.model)
     open_session(proto, execution="exact")
     save_model(proto, output)
-    return _result(output, placement, "weight-only", WEIGHT_ONLY_NOTE)
+    return _result(output, placement, "weight-only", (WEIGHT_ONLY_NOTE, *idle))
 
 
 def _weights_of(prepared: PreparedModel, placement: Placement) -> Placement:
@@ -117,7 +122,7 @@ def _weights_of(prepared: PreparedModel, placement: Placement) -> Placement:
     )
 
 
-def _result(output: str | os.PathLike[str], placement: Placement, mode: Mode, note: str) -> QuantizeResult:
+def _result(output: str | os.PathLike[str], placement: Placement, mode: Mode, notes: tuple[str, ...]) -> QuantizeResult:
     return QuantizeResult(
         path=Path(output),
         target=placement.target,
@@ -128,5 +133,5 @@ def _result(output: str | os.PathLike[str], placement: Placement, mode: Mode, no
         scales={},
         held=(),
         auto=None,
-        notes=(note,),
+        notes=notes,
     )

@@ -8,14 +8,17 @@ from typing import Any
 
 from calibrators.calibration import Calibration
 from calibrators.protocols import Track, untracked
+from engines.dynamic import place_dynamically
 from engines.graph import prepare
+from engines.node_rules import weighted_nodes
+from engines.placement_options import PlacementOptions
 from trt_int8.auto import AutoChoice
 from trt_int8.caches import tensorrt_cache
 from trt_int8.config import QuantizeConfig, RunConfig
 from trt_int8.quantization import convert_fp16, quantize
 from trt_int8.quantize_result import QuantizeResult
 from trt_int8.run_plan import FP16, MODEL, Variant
-from trt_int8.smoothing import Smoothed, smooth_model
+from trt_int8.smoothing import Smoothed, check_smoothable, smooth_model
 
 CACHE_VERSION = "10.16.1"
 """TensorRT version in the cache's header; `trt-int8 cache export --tensorrt` writes it for another one."""
@@ -58,31 +61,32 @@ def quantize_all(
             options.smooth,
             preprocessing=config.data.preprocessing_for(config.data.calibration),
             batch_size=config.data.batch_size,
-            threads=config.benchmark.threads,
+            threads=config.calibrate.threads,
             track=track,
         )
     for variant in track(variants, "quantize", len(variants)):
-        static = variant.mode == "static"
+        by: dict[str, Any] = {}  # each model gets those of the options that it has a use for
+        if variant.mode == "static":
+            by = {"calibration": calibration, "method": variant.method, "smoothed": smoothed}
+            if variant.method in ("percentile", "auto"):
+                by["percentile"] = options.percentile
+            if variant.method == "auto":
+                by |= {"data": held_back, "preprocessing": config.data.preprocessing_for(held_back), "auto": auto}
+            if variant.target == "cpu":
+                by["activations"] = options.activations
+            else:
+                by |= {"residual": options.residual, "attention": options.attention}
         result = quantize(
             folder / MODEL,
-            calibration if static else None,
             output=folder / variant.file,
             mode=variant.mode,
-            method=variant.method,
-            percentile=options.percentile,
             target=variant.target,
             precision=variant.precision,
             weights=options.weights,
-            activations=options.activations if static and variant.target == "cpu" else "symmetric",
-            residual=options.residual,
-            attention=options.attention if static and variant.target == "tensorrt" else "float",
             exclude=options.exclude,
             include=options.include,
-            data=held_back if variant.method == "auto" and static else None,
-            preprocessing=config.data.preprocessing_for(held_back),
-            auto=auto,
-            smoothed=smoothed if static else None,
             track=track,
+            **by,
         )
         auto = result.auto or auto
         results.append(result)
@@ -94,6 +98,31 @@ def quantize_all(
         ],
         "fp16": None if half is None else half.to_json(),
     }
+
+
+def check_wishes(config: RunConfig, variants: Sequence[Variant], model: Path) -> None:
+    """Check what the graph alone tells of a configuration's wishes, before the calibration.
+
+    Args:
+        config: the configuration.
+        variants: the INT8 models.
+        model: the FP32 model.
+
+    Raises:
+        ModelError: an expression of `exclude` or `include` matches nothing, nothing in the model can be smoothed, or
+            nothing quantized dynamically.
+    """
+    options = config.quantize
+    dynamic = any(variant.mode == "dynamic" for variant in variants)
+    if not (options.exclude or options.include or dynamic or options.smooth is not None):
+        return
+    prepared = prepare(model)
+    wishes = PlacementOptions(exclude=options.exclude, include=options.include)
+    weighted_nodes(prepared.ir(), wishes)
+    if options.smooth is not None:
+        check_smoothable(prepared)
+    if dynamic:
+        place_dynamically(prepared, wishes)
 
 
 def save_cache(calibration: Calibration, config: QuantizeConfig, file: Path) -> None:

@@ -7,20 +7,30 @@ other: small batches wait for memory, large ones for arithmetic.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from calibrators.calibration import InputShapes
+from calibrators.calibration import Calibration, InputShapes
+from calibrators.errors import CalibrationError
 from calibrators.protocols import Array, Batch
-from engines.onnxrt import shape_fits
+from engines.graph import prepare
+from engines.onnxrt import load_header, shape_fits
 from engines.profiles import Shape, ShapeRange, dynamic_inputs, quoted, seen_profile
 from engines.runner import Runner, TensorSpec
+from engines.sidecar import is_engine
 from engines.trt_runner import TensorRTRunner
+from engines.trt_types import held_types
 from trt_int8.benchmark_result import BenchmarkResult
+from trt_int8.build_checks import check_calibrated_inputs
+from trt_int8.calibration import check_fits
 from trt_int8.errors import ConfigError, UsageError
+from trt_int8.idle_options import refuse_idle
+from trt_int8.quantize_result import METHOD_KEY
 from trt_int8.random_data import random_feeds
 
 Point = Literal["min", "opt", "max"]
@@ -77,6 +87,53 @@ def shape_ranges(
             "--shape ids=1x8,1x32,8x128."
         )
     return seen_profile(inputs, seen)
+
+
+def check_calibration(
+    models: Sequence[str | os.PathLike[str]],
+    runners: Sequence[Runner],
+    inputs: Sequence[TensorSpec],
+    calibration: Calibration,
+    *,
+    given: bool = False,
+    force: bool = False,
+) -> None:
+    """Refuse a calibration whose shapes say nothing of the models: one of others, or one that is not asked.
+
+    A model whose scales are in it does not tell which FP32 model it was made from: where there is no FP32 model beside
+    it, the inputs alone are compared.
+
+    Args:
+        models: the files, ONNX and engines.
+        runners: the models.
+        inputs: of the models.
+        calibration: the calibration.
+        given: whether the user names the shapes.
+        force: take it though it is of another FP32 model.
+
+    Raises:
+        CalibrationError: it is of none of the FP32 models among them, or of other inputs.
+        UsageError: the shapes are told by the user, or by what an engine was built for.
+    """
+    refuse_idle({"--calibration": given}, "--shape names the shapes", "leave --shape out")
+    built = [runner.name for runner in runners if isinstance(runner, TensorRTRunner) and runner.profiles]
+    if built:
+        why = f"the shapes that {built[0]} was built for are timed"
+        refuse_idle({"--calibration": True}, why, "time the ONNX files without the engine")
+    refusal: CalibrationError | None = None
+    for model in [] if force else models:
+        header = None if is_engine(model) else load_header(model)
+        if header is None or any(held_types(header)) or METHOD_KEY in {entry.key for entry in header.metadata_props}:
+            continue
+        try:
+            check_fits(calibration, prepare(model))
+        except CalibrationError as error:
+            refusal = refusal or error
+        else:
+            return
+    if refusal is not None:
+        raise refusal
+    check_calibrated_inputs(Path(models[0]), inputs, calibration.input_shapes)
 
 
 def time_at_shapes(

@@ -36,6 +36,48 @@ class Smoothed:
     notes: tuple[str, ...]
 
 
+def check_smoothing(calibration: Calibration, data: DataSpec | None, alpha: float) -> DataSpec:
+    """Check what can be told without the model: before it is prepared, and the data are opened.
+
+    Args:
+        calibration: the model's.
+        data: what it would be smoothed by.
+        alpha: how much of the difficulty goes into the weights.
+
+    Returns:
+        The data.
+
+    Raises:
+        CalibrationError: the calibration holds ranges alone.
+        ConfigError: `alpha` is not in [0, 1].
+        UsageError: there is no data, or the calibration left padding out, which smoothing cannot.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"smooth is {alpha:g}; expected a number from 0 to 1: 0.5 shares the difficulty evenly.")
+    if data is None:
+        raise UsageError(
+            "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
+            "not hold. Name the calibration data (--data)."
+        )
+    if calibration.settings.get("padding"):
+        raise UsageError(
+            f"Cannot smooth after a calibration that left padding out ({calibration.settings['padding']}): the passes "
+            "of smoothing would count it. Calibrate on sequences that are not padded, a file for each batch."
+        )
+    for name in calibration.tensors[:1]:
+        calibration.histogram(name)  # the tensors that are not smoothed keep theirs
+    return data
+
+
+def check_smoothable(prepared: PreparedModel) -> None:
+    """Check that a model has something to smooth.
+
+    Raises:
+        ModelError: it has not.
+    """
+    _sites(prepared)
+
+
 def smooth_model(
     prepared: PreparedModel,
     calibration: Calibration,
@@ -69,28 +111,9 @@ def smooth_model(
         ModelError: nothing in the model can be smoothed.
         DataError: the data hold no sample, or can be read only once.
     """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"smooth is {alpha:g}; expected a number from 0 to 1: 0.5 shares the difficulty evenly.")
-    if data is None:
-        raise UsageError(
-            "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
-            "not hold. Name the calibration data (--data)."
-        )
-    if calibration.settings.get("padding"):
-        raise UsageError(
-            f"Cannot smooth after a calibration that left padding out ({calibration.settings['padding']}): the passes "
-            "of smoothing would count it. Calibrate on sequences that are not padded, a file for each batch."
-        )
-    sites, left = smoothing_sites(prepared.ir())
-    reasons = [f"{skipped.tensor} was not smoothed: {skipped.reason}" for skipped in left]
-    if not sites:
-        raise ModelError(
-            f"Cannot smooth {str(prepared.path)!r}: no normalization (LayerNormalization, RMSNormalization) has an "
-            "output that matrix products with constant weights alone read"
-            + (f"; {reasons[0]}" if reasons else "")
-            + ". Leave smoothing out."
-        )
-    kept = {name: calibration.histogram(name) for name in calibration.tensors}  # refuses ranges before the passes
+    data = check_smoothing(calibration, data, alpha)
+    sites, reasons = _sites(prepared)
+    kept = {name: calibration.histogram(name) for name in calibration.tensors}
     source = open_data(
         data,
         tensor_specs(prepared.proto)[0],
@@ -116,6 +139,24 @@ def smooth_model(
         ", ..." if len(tensors) > 3 else ""
     )
     return Smoothed(smoothed, renewed, factors, (note, *reasons))
+
+
+def _sites(prepared: PreparedModel) -> tuple[tuple[SmoothingSite, ...], list[str]]:
+    """Return what can be smoothed, and why the rest cannot be, a line each.
+
+    Raises:
+        ModelError: nothing can.
+    """
+    sites, left = smoothing_sites(prepared.ir())
+    reasons = [f"{skipped.tensor} was not smoothed: {skipped.reason}" for skipped in left]
+    if not sites:
+        raise ModelError(
+            f"Cannot smooth {str(prepared.path)!r}: no normalization (LayerNormalization, RMSNormalization) has an "
+            "output that matrix products with constant weights alone read"
+            + (f"; {reasons[0]}" if reasons else "")
+            + ". Leave smoothing out."
+        )
+    return sites, reasons
 
 
 def _channel_amax(

@@ -19,7 +19,7 @@ from trt_int8.calibration import check_fits
 from trt_int8.config import Method
 from trt_int8.input_alarm import note_inputs
 from trt_int8.placement_options import placement_of
-from trt_int8.quantization import convert_fp16, method_name, quantize
+from trt_int8.quantization import convert_fp16, method_name, quantize, range_notes
 from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY
 
 _LISTED = 3
@@ -68,7 +68,7 @@ def write_typed(
     if precision == "fp16":
         half = convert_fp16(model, scales.calibration, output=output, force=scales.force)
         held = [f"{node.node} ({node.reason})" for node in half.held]
-        return None, _unbounded(_listed(f"{len(held)} of {half.nodes} nodes stay in FP32", held), held)
+        return None, (*_listed(f"{len(held)} of {half.nodes} nodes stay in FP32", held), *range_notes(half.held))
     quantized = quantize(
         model,
         scales.calibration,
@@ -87,8 +87,7 @@ def write_typed(
     floating = [f"{decision.node} ({decision.reason})" for decision in quantized.held_back]
     summary = f"{len(floating)} of {len(quantized.placement.decisions)} weighted nodes stay in floating point"
     held = [f"{node.node} ({node.reason})" for node in quantized.held]
-    guarded = _unbounded(_listed(f"{len(held)} nodes stay in FP32", held), held)
-    notes = (*_listed(summary, floating), *guarded, *quantized.notes)
+    notes = (*_listed(summary, floating), *_listed(f"{len(held)} nodes stay in FP32", held), *quantized.notes)
     method = method_name(scales.method, scales.percentile)
     return Provenance(method, scales.calibration.sha256, scales.placement), notes
 
@@ -101,13 +100,6 @@ def provenance_of(header: onnx.ModelProto) -> Provenance | None:
     metadata = {entry.key: entry.value for entry in header.metadata_props}
     method = metadata.get(METHOD_KEY, "as in the model")
     return Provenance(method, metadata.get(CALIBRATION_KEY), placement_of(metadata))
-
-
-def _unbounded(notes: tuple[str, ...], held: Sequence[str]) -> tuple[str, ...]:
-    """Add to a note of nodes in FP32 how those get a bound whose range nothing tells."""
-    if not any("was not calibrated" in item for item in held):
-        return notes
-    return tuple(f"{note}. Calibrate with --tensors all to know the range of every tensor." for note in notes)
 
 
 def _listed(summary: str, items: Sequence[str]) -> tuple[str, ...]:

@@ -259,11 +259,11 @@ def test_nodes_without_a_bound_are_noted_with_what_gives_them_one(tmp_path: Path
     def note(tensors: Any) -> list[str]:
         seen = calibrate(model, data, tensors=tensors)
         half = build_engine(model, tmp_path / tensors, precision="fp16", calibration=seen)
-        return [note for note in half.notes if "stay in FP32" in note]
+        return [note for note in half.notes if "in FP32" in note or "--tensors" in note]
 
-    (found,) = note("quantized")
-    assert "was not calibrated and has no bound" in found
-    assert found.endswith(". Calibrate with --tensors all to know the range of every tensor.")
+    held, advice = note("quantized")
+    assert "was not calibrated and has no bound" in held
+    assert advice.endswith(". Calibrate with --tensors all to know the range of every tensor.")
     assert note("all") == []
 
 
@@ -1029,3 +1029,16 @@ def test_the_example_says_how_it_is_called() -> None:
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"usage: python {script[1]} MODEL.onnx DATA FOLDER\n"
+
+
+def test_force_is_about_a_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    """Without one it would change nothing."""
+    with pytest.raises(UsageError, match="--force would change nothing: it is about a calibration"):
+        build_engine(tiny_model, tmp_path / "out", precision="fp32", batch=(1, 4, 4), force=True)
+
+
+@only_10
+def test_files_need_no_identity(tiny_model: Path, tmp_path: Path, data: Path) -> None:
+    """Their content tells them from others, so a name for them is refused."""
+    with pytest.raises(UsageError, match="--data-id would change nothing: files are known by their content"):
+        implicit(tiny_model, tmp_path, data, data_id="samples")

@@ -93,3 +93,12 @@ def test_bad_files(calibration: Path, tmp_path: Path):
         diff_caches(calibration, tmp_path / "table")
     with pytest.raises(CalibrationError, match="no calibration method 'best'"):
         diff_caches(calibration, calibration, method="best")
+
+
+def test_files_of_two_models(tmp_path: Path):
+    """Without a tensor in common there is nothing to compare; both are named with what they hold."""
+    first = cache(tmp_path / "a", x=1.0, y=2.0, z=3.0, w=4.0)
+    second = cache(tmp_path / "b", other=1.0)
+    text = r"no tensor in common\. The first holds 4 tensors \(x, y, z, \.\.\.\); the second 1 tensors \(other\)\."
+    with pytest.raises(CalibrationError, match=text):
+        diff_caches(first, second)

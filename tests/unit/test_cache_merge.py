@@ -107,6 +107,30 @@ def test_the_same_file_twice(tmp_path: Path):
         merge_calibrations([one, one], output=tmp_path / "both.npz")
 
 
+def test_the_same_samples_in_other_batches(tiny_model: Path, tmp_path: Path):
+    """Hashes differ where batches or their order do, sums do not; other samples have other sums."""
+    data = np.random.default_rng(3).normal(size=(6, 3, 8, 8)).astype(np.float32)
+    for name, fed, size in (("one", data, 1), ("two", data[::-1], 2), ("other", data + 1, 1)):
+        calibrate(tiny_model, {"input": fed}, batch_size=size).save(tmp_path / f"{name}.npz")
+    with pytest.raises(CalibrationError, match=r"made from the same 6 samples, cut or ordered otherwise, .*--force"):
+        merge_calibrations([tmp_path / "one.npz", tmp_path / "two.npz"], output=tmp_path / "both.npz")
+    forced = merge_calibrations([tmp_path / "one.npz", tmp_path / "two.npz"], output=tmp_path / "both.npz", force=True)
+    apart = merge_calibrations([tmp_path / "one.npz", tmp_path / "other.npz"], output=tmp_path / "both.npz")
+
+    assert "count twice" in forced.notes[0]
+    assert apart.notes == ()
+
+
+def test_inputs_that_never_vary_tell_nothing_apart(tiny_model: Path, tmp_path: Path):
+    """Zeros in batches of 1 and of 2 may be the same samples or others."""
+    zeros = np.zeros((2, 3, 8, 8), np.float32)
+    for size in (1, 2):
+        calibrate(tiny_model, {"input": zeros}, batch_size=size).save(tmp_path / f"{size}.npz")
+
+    merged = merge_calibrations([tmp_path / "1.npz", tmp_path / "2.npz"], output=tmp_path / "both.npz")
+    assert merged.calibration.fingerprint.samples == 4
+
+
 def test_data_without_a_hash(tmp_path: Path):
     """Whether data without a hash are the same is not known: they are merged, and that is said."""
     one = saved(tmp_path / "1.npz", data=("",))

@@ -14,8 +14,9 @@ from onnx import numpy_helper
 
 from calibrators.calibration import Calibration
 from calibrators.convergence import judge
-from trt_int8 import __version__, calibrate
+from trt_int8 import __version__, calibrate, calibration_job
 from trt_int8.calibrate_stage import calibrate_into
+from trt_int8.calibration_backend import CalibrationBackend
 from trt_int8.calibration_job import CalibrationJob
 from trt_int8.checkpoint import Checkpoint
 from trt_int8.data import BatchSource, DataBatch
@@ -436,3 +437,27 @@ def test_batches_have_their_numbers_after_a_resume(tiny_model: Path, part: Path,
     images[25] = 3e38
     with pytest.raises(CalibrationError, match="in batch 25"):
         calibrate(tiny_model, {"input": images}, checkpoint=part, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True}, "resume would change nothing: there is no checkpoint. Leave it out, or name its file"),
+        ({"checkpoint_every": 4}, "checkpoint_every would change nothing"),
+        ({"threads": 2, "ray": "local"}, "--threads would change nothing: each worker of a Ray cluster runs one batch"),
+    ],
+)
+def test_options_without_effect_are_refused(options: Any, message: str, tiny_model: Path, images: Images) -> None:
+    """Nothing would come of them."""
+    with pytest.raises(UsageError, match=message):
+        calibrate(tiny_model, {"input": images}, **options)
+
+
+def test_threads_are_for_the_processor(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, images: Images) -> None:
+    """A GPU that was asked for runs one batch at a time; where auto finds one, threads were meant for the case it had
+    not."""
+    on_gpu = CalibrationBackend("cuda", "found", {})
+    monkeypatch.setattr(calibration_job, "choose_calibration_backend", lambda name: on_gpu)
+    with pytest.raises(UsageError, match="--threads would change nothing: a GPU runs one batch at a time"):
+        CalibrationJob(tiny_model, {"input": images}, backend="cuda", threads=2)
+    CalibrationJob(tiny_model, {"input": images}, backend="auto", threads=2)

@@ -52,6 +52,42 @@ def test_merge(run: Run, folder: Path, tmp_path: Path):
     assert (tmp_path / "c.npz").exists()
 
 
+def test_equal_files(run: Run, folder: Path):
+    """No empty table: a line says that all are equal."""
+    status, out, _ = run("diff", folder / "a.npz", folder / "a.npz")
+
+    assert status == 0
+    assert "5 tensors in both, 5 of them equal" in out
+    assert "scales that differ" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("show", "k.cache", "--percentile", "99"), "--percentile would change nothing: a TensorRT cache holds"),
+        (("export", "a.npz", "--percentile", "99"), "--percentile would change nothing: the method is entropy."),
+        (("export", "k.cache", "--percentile", "99"), "--percentile would change nothing: a TensorRT cache holds"),
+        (("diff", "a.npz", "k.cache", "--percentile", "99"), "--percentile would change nothing: the method is"),
+        (
+            ("diff", "k.cache", "part.cache", "--method", "mse", "--percentile", "99"),
+            "--method and --percentile would change nothing: TensorRT caches hold",
+        ),
+        (
+            ("check", "a.npz", "--data", "data.npz", "--model", "m.onnx", "--percentile", "99"),
+            "--percentile would change nothing: the method is entropy",
+        ),
+    ],
+)
+def test_options_without_effect(words: tuple[str, ...], line: str, run: Run, folder: Path, tmp_path: Path):
+    """Refused as usage, before the model is looked at."""
+    files = {path.name: str(path) for path in folder.iterdir()}
+    output = ["--output", tmp_path / "k.cache"] if words[0] == "export" else []
+    status, out, err = run(*(files.get(word, word) for word in words), *output)
+
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {line}")
+
+
 def test_diff(run: Run, folder: Path, tmp_path: Path):
     """A calibration against a cache: a table, the tensors that only one of them holds, and JSON."""
     file = tmp_path / "diff.json"

@@ -186,3 +186,14 @@ def test_an_unwritable_place(drawn: Callable[..., Path], run: Run, tmp_path: Pat
 
     assert "it is a folder" in run(file, "--fix", tmp_path / "folder")[2]
     assert "is not a folder" in run(file, "--fix", tmp_path / "file" / "m.onnx")[2]
+
+
+def test_operators_on_integers_are_told(graph_builder: Any, run: Run, tmp_path: Path) -> None:
+    """The first line counts them among the quantized nodes, and says what they are."""
+    graph = graph_builder()
+    codes = graph.constant(graph.rng.integers(-127, 128, (4, 4), np.int8))
+    fed = graph.nodes_of("DynamicQuantizeLinear", [graph.input("x", (2, 4))], ["c", "s", "z"])
+    graph.node("Cast", [graph.node("MatMulInteger", [fed[0], codes, fed[2]])], "y", to=1)
+    _, out, _ = run(graph.save(tmp_path / "m.onnx", ["y"]), "--target", "cpu")
+
+    assert "1 of 1 weighted nodes quantized (1 as operators on integers), 0 pairs on activations" in out

@@ -1,7 +1,10 @@
 """The options of `trt-int8 export`."""
 
+from pathlib import Path
+
 import pytest
 
+from trt_int8.cli import main
 from trt_int8.errors import ConfigError
 from trt_int8.export_options import model_config
 
@@ -74,3 +77,31 @@ def test_bad_argument(text: str):
     """An --arg that cannot be read is quoted."""
     with pytest.raises(ConfigError, match="--arg"):
         config("x:1", arguments=(text,))
+
+
+def test_an_opset_for_a_file_that_has_one():
+    """An .onnx file holds its opset: another one is refused, the default passes."""
+    assert config(source="m.onnx").opset == 20
+    with pytest.raises(ConfigError, match=r"opset cannot be set for 'm\.onnx', which holds that itself"):
+        model_config("m.onnx", inputs=(), dynamic=(), arguments=(), checkpoint=None, checkpoint_key=None, opset=21)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["m.onnx", "--data", "d.npz"], "--data would change nothing: only what a factory makes is fed"),
+        (
+            ["m:net", "--input", "x:1", "--preprocessing", "p.yaml"],
+            "--preprocessing would change nothing: there are no",
+        ),
+    ],
+)
+def test_data_that_nothing_reads(
+    words: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Refused as usage, before the model is looked at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text("resize: 8\n")
+
+    assert main(["export", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")

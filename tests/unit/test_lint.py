@@ -246,3 +246,38 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 def test_public_name() -> None:
     """`from trt_int8 import lint` is this function."""
     assert trt_int8.lint is lint
+
+
+def test_operators_on_integers_count_as_quantized(network: Path, tmp_path: Path) -> None:
+    """A dynamically quantized Gemm is a MatMulInteger behind a DynamicQuantizeLinear; four convolutions stay float."""
+    file = tmp_path / "dynamic.onnx"
+    quantize(network, output=file, mode="dynamic", target="cpu")
+    report = lint(file)
+
+    assert {node.op_type for node in onnx.load(file).graph.node} >= {"MatMulInteger", "DynamicQuantizeLinear", "Conv"}
+    assert (report.weighted, report.quantized, report.integer, report.pairs) == (5, 1, 1, 0)
+    assert [finding.rule for finding in report.findings if finding.rule == "not-quantized"] == []
+
+
+@pytest.mark.parametrize(
+    ("op_type", "domain", "counts"),
+    [
+        ("QLinearConv", "", True),
+        ("QLinearMatMul", "", True),
+        ("ConvInteger", "", True),
+        ("MatMulIntegerToFloat", "com.microsoft", True),
+        ("QGemm", "com.microsoft", True),
+        ("DynamicQuantizeLSTM", "com.microsoft", True),
+        ("QLinearAdd", "com.microsoft", False),
+        ("DynamicQuantizeLinear", "", False),
+        ("QLinearConv", "elsewhere", False),
+    ],
+)
+def test_which_operators_on_integers_are_products(op_type: str, domain: str, counts: bool) -> None:
+    """Convolutions and matrix products are; sums and the quantization of an input are not."""
+    float32 = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    node = helper.make_node(op_type, ["x"], ["y"], domain=domain)
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    model = helper.make_model(helper.make_graph([node], "g", [float32], [result]))
+
+    assert lint(model).integer == counts

@@ -151,7 +151,7 @@ class Exits:
 
 def run(name, **how):
     try:
-        found = calibrate(folder / "model.onnx", threads=1, ray="local", **how)
+        found = calibrate(folder / "model.onnx", ray="local", **how)
         found.save(folder / f"{name}.npz")
         said[name] = f"{found.fingerprint.batches} batches"
     except Exception as error:

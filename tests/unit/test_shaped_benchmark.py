@@ -14,11 +14,12 @@ from onnx import TensorProto
 from calibrators.protocols import Batch
 from engines.profiles import ShapeRange
 from engines.runner import TensorSpec
-from trt_int8 import benchmark, calibrate, cli_measure
+from trt_int8 import benchmark, calibrate, cli_measure, quantize
 from trt_int8.calibration import Calibration
 from trt_int8.cli import main
-from trt_int8.errors import UsageError
-from trt_int8.shaped_benchmark import ShapesChoice, feeds_of_shape, points_of, time_at_shapes
+from trt_int8.errors import CalibrationError, UsageError
+from trt_int8.images import Preprocessing
+from trt_int8.shaped_benchmark import ShapesChoice, check_calibration, feeds_of_shape, points_of, time_at_shapes
 
 QUICK: dict[str, Any] = {"rounds": 5, "budget_s": 0.05}
 
@@ -73,13 +74,10 @@ def test_one_of_them(model: Path, calibration: Calibration, tmp_path: Path) -> N
     assert shapes_of(usual) == {"opt": [4, 6]}
 
 
-def test_shapes_by_name_go_before_those_of_a_calibration(
-    model: Path, calibration: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shapes_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the command line one shape may stand for all; what is the same is timed and shown once."""
-    calibration.save(tmp_path / "c.npz")
     arguments = ["bench", str(model), "--rounds", "5", "--seconds", "0.1", "--json", str(tmp_path / "b.json")]
-    arguments += ["--calibration", str(tmp_path / "c.npz"), "--shapes", "all"]
+    arguments += ["--shapes", "all"]
     arguments += ["--shape", "ids=1x3,2x4,2x4", "--shape", "mask=1x3,2x4,2x4"]
 
     assert main(arguments) == 0
@@ -134,6 +132,48 @@ def test_what_cannot_be_timed(options: dict[str, Any], message: str, model: Path
     """Each refusal names the input and the next step."""
     with pytest.raises(UsageError, match=message):
         benchmark(model, **options, **QUICK)
+
+
+def test_a_calibration_of_another_model(
+    model: Path, calibration: Calibration, graph_builder: Any, tmp_path: Path
+) -> None:
+    """Refused as `quantize` refuses it; one of the FP32 models is enough, and force takes it."""
+    graph = graph_builder(8)
+    ids, mask = (graph.input(name, ("batch", "length"), TensorProto.INT64) for name in ("ids", "mask"))
+    x = graph.node("Gather", [graph.normal((9, 8)), ids])
+    weights = graph.node("Unsqueeze", [graph.node("Cast", [mask], to=1), graph.constant(np.array([2]))])
+    graph.node("MatMul", [graph.node("Mul", [x, weights]), graph.normal((8, 4))], "y")
+    other = Path(graph.save(tmp_path / "other.onnx", ["y"]))
+
+    with pytest.raises(CalibrationError, match=r"does not belong to '.*other\.onnx': its weights differ"):
+        benchmark(other, calibration=calibration, **QUICK)
+    forced = benchmark(other, calibration=calibration, force=True, **QUICK).to_json()
+    assert shapes_of(forced) == {"opt": [4, 6]}
+    assert shapes_of(benchmark([other, model], calibration=calibration, **QUICK).to_json()) == {"opt": [4, 6]}
+
+
+def test_a_calibration_of_other_inputs(model: Path, calibration: Calibration, tiny_model: Path, tmp_path: Path) -> None:
+    """A quantized model does not tell what it was made from, but its inputs must be those that were calibrated."""
+    quantize(model, calibration, output=tmp_path / "q.onnx", include=[".*"])
+    images = calibrate(tiny_model, {"input": np.zeros((2, 3, 8, 8), np.float32)})
+
+    assert shapes_of(benchmark(tmp_path / "q.onnx", calibration=calibration, **QUICK).to_json()) == {"opt": [4, 6]}
+    with pytest.raises(CalibrationError, match="the calibration saw other inputs, 'input' and no 'ids'"):
+        benchmark(tmp_path / "q.onnx", calibration=images, **QUICK)
+
+
+def test_a_calibration_that_is_not_asked(model: Path, calibration: Calibration, fake_gpu: Any) -> None:
+    """Shapes by name and those that an engine was built for go before it, so it is refused beside them."""
+    ranges = {name: ShapeRange((1, 2), (1, 2), (1, 2)) for name in ("ids", "mask")}
+    with pytest.raises(UsageError, match="--calibration would change nothing: --shape names the shapes"):
+        benchmark(model, calibration=calibration, shape_ranges=ranges, **QUICK)
+    engine = fake_gpu.engine(profiles=({"x": ((1, 2), (1, 2), (4, 2))},))
+    with pytest.raises(UsageError, match=r"the shapes that fake\.engine was built for are timed"):
+        check_calibration([model], [engine], engine.inputs, calibration)
+    with pytest.raises(UsageError, match="--force would change nothing: it is about a calibration"):
+        benchmark(model, shape_ranges=ranges, force=True, **QUICK)
+    with pytest.raises(UsageError, match="--preprocessing would change nothing: there are no data"):
+        benchmark(model, shape_ranges=ranges, preprocessing=Preprocessing(), **QUICK)
 
 
 def test_a_model_of_fixed_shapes(graph_builder: Any, tmp_path: Path) -> None:

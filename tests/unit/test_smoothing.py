@@ -237,3 +237,24 @@ def test_a_calibration_without_padding_cannot_be_smoothed(transformer: Path) -> 
     calibration = calibrate(transformer, DATA).annotated(settings={"padding": "mask 'mask'"})
     with pytest.raises(UsageError, match=r"left padding out \(mask 'mask'\)"):
         smooth_model(prepare(transformer), calibration, DATA, 0.5)
+
+
+def test_what_the_calibration_refuses_is_told_before_the_model_is_prepared(transformer: Path, tmp_path: Path) -> None:
+    """The model's file is not even looked at."""
+    calibration = calibrate(transformer, DATA).annotated(settings={"padding": "mask 'mask'"})
+    with pytest.raises(UsageError, match="left padding out"):
+        quantize(tmp_path / "none.onnx", calibration, output=tmp_path / "q.onnx", smooth=0.5, data=DATA)
+
+
+def test_auto_judges_a_smoothed_model_on_data_of_its_own(transformer: Path, tmp_path: Path) -> None:
+    """`data` smooth, `held_back` judge: the choice was made on 5 samples, not on the 24 that were smoothed by."""
+    calibration = calibrate(transformer, DATA)
+    other = {"x": DATA["x"][:5] * 0.5}
+    wishes: Any = {"method": "auto", "smooth": 0.5}
+    result = quantize(transformer, calibration, output=tmp_path / "q.onnx", data=DATA, held_back=other, **wishes)
+
+    assert result.auto is not None
+    assert result.auto.samples == 5
+    assert result.notes[0].startswith("smoothed 1 normalized tensors")
+    with pytest.raises(UsageError, match="others with --held-back, which auto judges on"):
+        quantize(transformer, calibration, output=tmp_path / "q.onnx", data=DATA, **wishes)

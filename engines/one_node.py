@@ -1,4 +1,4 @@
-"""Constants that a file leaves to be computed: scales behind nodes, whose values the linter has to know."""
+"""One node computed by itself: constants that a file leaves to be computed, such as scales and weights behind nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibrators.protocols import Array
 from engines.opset import STANDARD_DOMAINS
 
 
-def compute(node: ir.Node, inputs: Mapping[str, Array], output: str, opset: int) -> Array | None:
+def evaluate(node: ir.Node, inputs: Mapping[str, Array], output: str, opset: int) -> Array | None:
     """Return an output of a node that reads constants alone; None where onnx's reference cannot compute it.
 
     Args:
