@@ -157,15 +157,18 @@ Args:
     counters: what they are added to; those whose counts are zero are hardly touched.
 """
 
-_AHEAD = 1024
-"""Values ahead of which the processor is asked to fetch others: its own prefetching stops at the end of a page."""
+_AHEAD = 512
+"""Values ahead of which the processor is asked to fetch others: its own prefetching stops at the end of a page.
+
+They are asked for as what is read once, so that they do not drive out of the cache what is incremented.
+"""
 
 
 def _prefetch(builder: Any, address: Any) -> None:
     address = builder.bitcast(address, _cgutils.voidptr_t)
     kind = ir.FunctionType(ir.VoidType(), [address.type, _WORD, _WORD, _WORD])
     function = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
-    builder.call(function, [address, _WORD(0), _WORD(3), _WORD(1)])  # for reading, to be kept in all caches, data
+    builder.call(function, [address, _WORD(0), _WORD(0), _WORD(1)])  # for reading, once, data
 
 
 def _vector_at(builder: Any, array: Any, index: Any) -> Any:
