@@ -688,6 +688,17 @@ def test_cpu_target_wants_integer_biases(faulty: bool, graph_builder: Any) -> No
     assert nodes(graph, "conv-float-bias", ["z"], target="cpu") == (["n_c"] if faulty else [])
 
 
+def test_a_convolution_with_a_computed_kernel_is_no_integer_kernel(graph_builder: Any) -> None:
+    """A tracker's correlation of two maps reads INT8 on both sides and computes in float: nothing is missing there."""
+    graph = graph_builder()
+    maps = [pair(graph, graph.input(name, shape), f"{name}p", zero=np.uint8(128)) for name, shape in (
+        ("search", (1, 4, 8, 8)), ("template", (4, 4, 3, 3)),
+    )]  # fmt: skip
+    graph.node("Conv", [*maps, graph.normal((4,))], "y")
+
+    assert lint(graph.model(["y"]), target="cpu").findings == ()
+
+
 def test_rules_are_told_apart() -> None:
     """Names are unique; what is only inferred is never more than a note."""
     assert len({rule.name for rule in RULES}) == len(RULES)
