@@ -437,6 +437,18 @@ def test_lonely_pair(reader: str | None, lonely: bool, graph_builder: Any) -> No
     assert nodes(graph, "lonely-pair") == (["n_a_q"] if lonely else [])
 
 
+@both
+def test_a_normalization_of_what_a_convolution_gives(faulty: bool, graph_builder: Any) -> None:
+    """Conv, Relu, Transpose, pair, LayerNormalization: the convolution writes INT8. Behind a lone Tanh none does."""
+    graph = graph_builder()
+    x = graph.input("x", (1, 4, 8, 8))
+    made = graph.node("Tanh", [x]) if faulty else graph.node("Relu", [graph.conv(x, (4, 4), "c")])
+    turned = graph.node("Transpose", [made], perm=[0, 2, 3, 1])
+    graph.node("LayerNormalization", [pair(graph, turned, "a"), graph.normal((4,))], "y", axis=-1)
+
+    assert nodes(graph, "lonely-pair", ["y"]) == (["n_a_q"] if faulty else [])
+
+
 def test_a_pool_between_two_pairs_is_no_island(graph_builder: Any) -> None:
     """An average pool computes on INT8 where its output is quantized too."""
     graph = graph_builder()
