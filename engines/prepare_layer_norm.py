@@ -49,7 +49,8 @@ def join_layer_norms(model: ir.Model) -> int:
             continue
         last, scale = _affine(found.last, "Mul", length)
         last, bias = _affine(last, "Add", length)
-        constants = {"scale": np.ones(length, np.float32) if scale is None else scale, "bias": bias}
+        # Quantizers name the scale of a tensor TENSOR_scale.
+        constants = {"gamma": np.ones(length, np.float32) if scale is None else scale, "beta": bias}
         inputs = [found.data]
         for part, array in constants.items():
             if array is not None:
