@@ -66,17 +66,20 @@ REASONS = {
     ),
     "average": (
         "An average over space. It reads INT8 here only where what it writes is read as INT8 and a kernel of INT8 can "
-        "write its input so: not before a classifier in float, and not in a squeeze-and-excitation block, whose Mul "
-        "reads the same tensor in float."
+        "write its input so: not before a classifier in float, and not where a gate of the same map is float."
     ),
     "activation": (
         "The inside of an activation that is written with several operators (HardSwish as x Clip(x + 3) / 6, SwiGLU's "
         "SiLU). It fuses with the operator before it as a whole; a Q between them would split the kernel."
     ),
     "gating": (
-        "A product of an activation and a gate (squeeze-and-excitation, GLU, SwiGLU). ModelOpt rounds both factors, "
-        "so that the tensor before it is written as INT8; here the product alone is rounded, once, by the Q of the "
-        "convolution behind it. One rounding instead of three, for a wider write."
+        "A product of an activation and a gate of the same shape (GLU, SwiGLU), or one that goes into a sum in float "
+        "(squeeze-and-excitation before a residual Add, experts). ModelOpt rounds both factors, so that the tensor "
+        "before it is written as INT8; here the product alone is rounded, once, by the Q of the operator behind it."
+    ),
+    "selection": (
+        "A Gather that picks rows, or a Shape. The pair stands behind the Gather here, where it has the range of the "
+        "rows that are picked."
     ),
     "softmax": "A Softmax: it computes in float, and its inputs are scores whose differences matter.",
     "subgraph": "A branch or loop body reads the tensor from outside; what happens there is not calibrated.",
@@ -150,6 +153,8 @@ class Kinds:
     def _by_operator(self, node: ir.Node, value: ir.Value) -> str:
         if node.op_type in POOLS:
             return "average"
+        if node.op_type in ("Gather", "Shape"):
+            return "selection"
         if node.op_type == "Softmax":
             return "softmax"
         if node.op_type in (*NORMALIZATIONS, *PARTS_OF_NORMALIZATIONS) or _is_normalized(node, value):

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibrators.numerics import FP16_MAX
+from engines.fp16_masks import make_masks_shallow, mask_inputs
 from engines.graph import PreparedModel, constant_array, is_activation, quiet
 from engines.magnitude import magnitude_bounds
 from engines.onnxrt import PRECISION_KEY
@@ -89,8 +90,10 @@ def in_fp16(prepared: PreparedModel, held: Sequence[HeldNode]) -> ir.Model:
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    proto = onnx.ModelProto()
-    proto.CopyFrom(prepared.proto)
+    shallow = prepared.ir()
+    make_masks_shallow(shallow, infinite=False)
+    proto = ir.to_proto(shallow)
+    _forget_types_of_weights(proto)
     hidden = hide_outside(proto)  # the converter takes them for FP32 inputs
     with quiet():  # preparation has inferred all types already
         converted: onnx.ModelProto = convert_float_to_float16(
@@ -104,12 +107,16 @@ def in_fp16(prepared: PreparedModel, held: Sequence[HeldNode]) -> ir.Model:
 def held_in_fp32(prepared: PreparedModel, amax: Mapping[str, float]) -> tuple[HeldNode, ...]:
     """Decide which nodes stay FP32: those with a weight or value that leaves, or may leave, the FP16 range.
 
+    Constants that hide keys from attention do not count, see `engines.fp16_masks`.
+
     Nodes with a branch or loop body stay FP32 as a whole, since no calibration sees inside, and so do the operators
     that the converter always leaves alone.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 
     model = prepared.ir()
+    make_masks_shallow(model, infinite=True)
+    amax = {**dict.fromkeys(mask_inputs(model), 1.0), **amax}
     bounds = magnitude_bounds(model, amax)
     held: list[HeldNode] = []
     for node in model.graph:
@@ -220,6 +227,14 @@ def _rounded(exact: ir.TensorProtocol, name: str) -> ir.LazyTensor:
         return ir.tensor(exact.numpy().astype(np.float16), name=name)
 
     return ir.LazyTensor(make, dtype=ir.DataType.FLOAT16, shape=ir.Shape(exact.shape.numpy()), name=name)
+
+
+def _forget_types_of_weights(model: onnx.ModelProto) -> None:
+    """Drop what is noted of initializers' types: the converter changes it even for weights that stay FP32."""
+    weights = {initializer.name for initializer in model.graph.initializer}
+    noted = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(noted)
 
 
 def _drop_doubles(model: onnx.ModelProto) -> None:

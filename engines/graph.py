@@ -39,6 +39,7 @@ from engines.outside_weights import (
 from engines.prepare_fold import fold_affine
 from engines.prepare_group_norm import FIRST_WITH_CHANNELS, write_group_norms_out
 from engines.prepare_large import fold_moved_weights
+from engines.prepare_layer_norm import join_layer_norms
 from engines.prepare_layout import cancel_transposes
 from engines.prepare_names import drop_initializers_from_inputs, drop_notes, graph_hash, name_nodes, weights_hash
 from engines.prepare_operators import rename_operators
@@ -89,9 +90,9 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     """Load a model, raise it to opset 19 or above, fold and simplify it, and name every node.
 
     BatchNormalization is folded into the weights before it or after it, constants are folded, `auto_pad` is written
-    out, Transposes around element-wise nodes cancel, model-local functions are inlined, documentation strings and
-    per-node metadata (exporters write source paths there) are dropped. Tensor names stay. The same file always gives
-    the same graph.
+    out, layer normalizations become one node each, Transposes around element-wise nodes cancel, model-local functions
+    are inlined, documentation strings and per-node metadata (exporters write source paths there) are dropped. Tensor
+    names stay. The same file always gives the same graph.
 
     The large weights of a model beyond 2 GB stay in their files, which must not change while the model is in use.
 
@@ -274,7 +275,8 @@ def _simplified(
     graph = ir.from_proto(simple)
     moved = 0 if keep is None else fold_moved_weights(graph, keep)
     turned = cancel_transposes(graph)
-    if not (moved + turned + write_pads_out(graph) + rename_operators(graph) + fold_affine(graph, keep)):
+    moved += turned + join_layer_norms(graph) + write_pads_out(graph)
+    if not (moved + rename_operators(graph) + fold_affine(graph, keep)):
         return simple
     RemoveUnusedNodesPass()(graph)
     folded = ir.to_proto(graph)

@@ -87,7 +87,11 @@ def move_before_pad(editor: Editor) -> Iterator[Outcome]:
 
 
 def unify_concats(editor: Editor) -> Iterator[Outcome]:
-    """Give the inputs and the output of a Concat the largest of their scales; Concats that share a pair share one."""
+    """Give the inputs and the output of a Concat the largest of their scales; Concats that share a pair share one.
+
+    A pair of the same scale on the other side of operators that only move values, such as a MaxPool between two pairs,
+    changes with it.
+    """
     graph = editor.graph
     parents: dict[Quantizer, Quantizer] = {}
 
@@ -115,6 +119,13 @@ def unify_concats(editor: Editor) -> Iterator[Outcome]:
                 parents[root(member)] = root(members[0])
             if unequal:
                 concats.append((group.node, members[0]))
+    for first, last in graph.activation_pairs if concats else ():
+        if first.scale is None or first.per_channel:
+            continue
+        for node, _ in graph.readers(last.output)[0]:
+            second = graph.by_output.get(node.outputs[0])
+            if second is not None and second.scale is not None and same_scale(first, second):
+                parents[root(second)] = root(first)
     components: dict[Quantizer, list[Quantizer]] = {}
     for record in list(parents):
         components.setdefault(root(record), []).append(record)

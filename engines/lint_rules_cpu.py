@@ -28,9 +28,9 @@ def unsigned_weight(graph: LintGraph) -> Iterator[Hit]:
 
 
 def float_output(graph: LintGraph) -> Iterator[Hit]:
-    """Find quantized convolutions whose output is not quantized."""
+    """Find quantized convolutions whose output is not quantized. One whose kernel is computed is no integer kernel."""
     for found in graph.weighted:
-        if found.node.op_type == "Conv" and found.quantized:
+        if found.node.op_type == "Conv" and found.quantized and found.constant_weight:
             reader = sole_consumer(tail(found.node.outputs[0]))
             if reader is None or reader.op_type != "QuantizeLinear":
                 yield Hit(found.node, "its output is not quantized, or read by others beside its Q")
@@ -40,7 +40,8 @@ def float_bias(graph: LintGraph) -> Iterator[Hit]:
     """Find quantized convolutions with a float bias."""
     for found in graph.weighted:
         bias = found.node.inputs[2] if len(found.node.inputs) > 2 else None
-        if found.node.op_type == "Conv" and found.quantized and bias is not None and bias not in graph.by_output:
+        integer = found.node.op_type == "Conv" and found.quantized and found.constant_weight
+        if integer and bias is not None and bias not in graph.by_output:
             yield Hit(found.node, "its bias is float")
 
 

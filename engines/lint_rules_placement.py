@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from engines.epilogues import pointwise_source
 from engines.lint_graph import LintGraph, Quantizer, moves, once_per_graph
 from engines.lint_rules import GUIDE, MODELOPT, Hit, Rule
 from engines.lint_rules_values import same_scale
 from engines.opset import STANDARD_DOMAINS
-from engines.placement import WEIGHTED, commutes, sole_consumer
+from engines.placement import WEIGHTED, commutes, root, sole_consumer
 
 ACTIVATIONS = frozenset((
     "Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Tanh", "Elu", "Selu",
@@ -160,14 +161,21 @@ def _computes_on_int8(
     if node.outputs[0] in graph.by_output:
         return True
     if node.op_type == "LayerNormalization":
-        producer = first.data.producer()
-        return producer is not None and producer.op_type == "Conv"
+        return _by_convolution(first.data)
     if node.op_type == "Add" and any(
         value is not None and (producer := value.producer()) is not None and producer.op_type in WEIGHTED
         for value in node.inputs
     ):
         return True  # the skip of a residual connection
     return node.op_type in CARRIERS and any(value in quantized_again for value in node.outputs)
+
+
+def _by_convolution(value: ir.Value) -> bool:
+    """Tell whether the kernel of a convolution gives a value, across activations and operators that move values."""
+    producer = root(value).producer()
+    while producer is not None and (source := pointwise_source(producer)) is not None:
+        producer = root(source).producer()
+    return producer is not None and producer.op_type in ("Conv", "ConvTranspose")
 
 
 PLACEMENT_RULES = (

@@ -76,9 +76,74 @@ def _bound(node: ir.Node, output: ir.Value, bounds: Mapping[str, float]) -> floa
         return _weighted(node, sources)
     if kind in ("Elu", "LeakyRelu", "PRelu"):
         return _times(data, max(1.0, sources[1] if kind == "PRelu" else abs(_alpha(node))))
+    if kind in ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization"):
+        return _normalized(node, sources)
     if kind == "BatchNormalization":
         return _batch_normalized(node, data)
     return _special(node, output, data)
+
+
+def _product(node: ir.Node, sources: list[float]) -> float:
+    """Bound the product of two activations: |sum of K terms| <= K times the largest one.
+
+    What a Softmax gives along its last axis sums up to 1, so that its product is an average, however long it is.
+    """
+    left, right = node.inputs[:2]
+    softmax = left.producer() if left is not None else None
+    if left is None or right is None:
+        return math.inf
+    if softmax is not None and softmax.op_type == "Softmax" and softmax.domain == "":
+        axis = softmax.attributes.get("axis")
+        if axis is None or axis.as_int() in (-1, None if left.shape is None else len(left.shape) - 1):
+            return sources[1]
+    inner = _size(left, -1) or _size(right, -2)
+    return math.inf if inner is None else _times(_times(float(inner), sources[0]), sources[1])
+
+
+def _size(value: ir.Value, axis: int) -> int | None:
+    """Return the size of an axis; where shape inference left it open, from what a Reshape before it splits.
+
+    An open first axis on both sides of a Reshape is the batch, which it leaves alone.
+    """
+    shape = value.shape
+    if shape is None or len(shape) < -axis:
+        return None
+    axis %= len(shape)
+    size = shape[axis]
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.inputs else None
+    if isinstance(size, int) or producer is None or source is None or source.shape is None:
+        return size if isinstance(size, int) else None
+    if producer.op_type == "Transpose" and "perm" in producer.attributes:
+        return _size(source, producer.attributes["perm"].as_ints()[axis] - len(shape))
+    if producer.op_type != "Reshape" or axis == 0 or isinstance(shape[0], int) or isinstance(source.shape[0], int):
+        return None
+    given = [size for size in source.shape[1:] if isinstance(size, int)]
+    other = [size for place, size in enumerate(shape) if place not in (0, axis) and isinstance(size, int)]
+    if len(given) < len(source.shape) - 1 or len(other) < len(shape) - 2 or 0 in other:
+        return None
+    return int(math.prod(given) // math.prod(other))
+
+
+def _normalized(node: ir.Node, sources: list[float]) -> float:
+    """Bound a normalization over n values: no one of them is more than sqrt(n) deviations from their mean."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is None:
+        return math.inf
+    if node.op_type == "GroupNormalization":
+        channels = shape[1]
+        sizes = [*shape[2:], channels]
+        if isinstance(channels, int):
+            sizes[-1] = channels // node.attributes["num_groups"].as_int()
+    elif node.op_type == "InstanceNormalization":
+        sizes = list(shape[2:])
+    else:
+        axis = node.attributes.get("axis")
+        sizes = list(shape[-1 if axis is None else axis.as_int() :])
+    if not all(isinstance(size, int) for size in sizes):
+        return math.inf
+    count = math.prod(size for size in sizes if isinstance(size, int))
+    return _times(math.sqrt(count), sources[1]) + (sources[2] if len(sources) > 2 else 0.0)
 
 
 def _special(node: ir.Node, output: ir.Value, data: float) -> float:
@@ -121,7 +186,7 @@ def _weighted(node: ir.Node, sources: list[float]) -> float:
     data, weight = operands(node)
     constant = constant_array(node.inputs[weight])
     if constant is None:
-        return math.inf
+        return _product(node, sources) if node.op_type == "MatMul" else math.inf
     array = np.abs(constant.numpy().astype(np.float64))
     axis = weight_axis(node)
     if axis is None or node.op_type == "ConvTranspose":

@@ -14,7 +14,13 @@ import onnx_ir as ir
 from engines.node_facts import operands_are_activations
 from engines.node_rules import GUIDE, MODELOPT
 from engines.pair_plan import CONVOLUTIONS, Ask, PairPlan, titled
-from engines.pair_rules_carriers import average_pool, convolution_before_normalization, element_wise, resize
+from engines.pair_rules_carriers import (
+    average_pool,
+    channel_gate,
+    convolution_before_normalization,
+    element_wise,
+    resize,
+)
 from engines.placement import operands
 
 
@@ -118,6 +124,13 @@ RULES: tuple[PairRule, ...] = (
         "an average between INT8 neighbours reads and writes INT8 itself",
         f"{GUIDE}: a quantizable AveragePool fuses with DQ and Q; {MODELOPT}.partitioning.find_quantizable_nodes",
         average_pool,
+    ),
+    PairRule(
+        "channel-gate",
+        "a product of a convolution's map with its gate reads and writes INT8, and the convolution writes INT8 for it",
+        f"{MODELOPT}.partitioning, _is_fusible_mul: faster for MobileNetV3 and RegNetY; NVIDIA/TensorRT, "
+        "tools/tensorflow-quantization, EfficientNetQDQCase",
+        channel_gate,
     ),
     PairRule(
         "resize",

@@ -6,13 +6,16 @@ factor per channel, X W = (X / s) (s W), and X / s costs nothing: s goes into th
 
     s_c = max|X_c| ** alpha / max_j |W_cj| ** (1 - alpha)
 
+A tensor that something else reads too, as the residual Add of a post-norm block does, keeps its values; then X / s is a
+product by constants of its own before the matrix products, which fuses with the Q behind it.
+
 Source: Xiao et al., "SmoothQuant: Accurate and efficient post-training quantization for large language models", 2022,
 equation 4. alpha = 0 leaves the activations' ranges to the weights' (W gets flat), 1 the other way round; 0.5 shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,24 +42,18 @@ class SmoothingSite:
         norm: the node that makes it.
         channels: length of its last axis.
         readers: the weighted nodes that read it, in graph order.
+        shared: whether something else reads it too, so that the factors cannot go into the normalization.
     """
 
     tensor: str
     norm: str
     channels: int
     readers: tuple[str, ...]
+    shared: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Unsmoothed:
-    """A normalized tensor that feeds weighted nodes and cannot be smoothed, and why."""
-
-    tensor: str
-    reason: str
-
-
-def smoothing_sites(model: ir.Model) -> tuple[tuple[SmoothingSite, ...], tuple[Unsmoothed, ...]]:
-    """Find the tensors that smoothing serves: outputs of a normalization that only weighted matrix products read.
+def smoothing_sites(model: ir.Model) -> tuple[SmoothingSite, ...]:
+    """Find the tensors that smoothing serves: outputs of a normalization that weighted matrix products read.
 
     A normalization is a LayerNormalization or RMSNormalization, or the Mul and Add by constants that end one in the
     exports of old opsets.
@@ -65,22 +62,16 @@ def smoothing_sites(model: ir.Model) -> tuple[tuple[SmoothingSite, ...], tuple[U
         model: a prepared model; it is not changed.
     """
     sites: list[SmoothingSite] = []
-    left: list[Unsmoothed] = []
     for node in model.graph:
         affine = _affine_of(node)
         if affine is None:
             continue
         value = node.outputs[0]
         readers, others = _readers(value, affine.channels)
-        if not readers:
-            continue
-        if others:
-            reason = f"it is also read by {', '.join(others[:3])}, whose input must not change"
-            left.append(Unsmoothed(name_of(value), reason))
-            continue
-        names = tuple(dict.fromkeys(reader.name or "" for reader, _ in readers))
-        sites.append(SmoothingSite(name_of(value), node.name or "", affine.channels, names))
-    return tuple(sites), tuple(left)
+        if readers:
+            names = tuple(dict.fromkeys(reader.name or "" for reader, _ in readers))
+            sites.append(SmoothingSite(name_of(value), node.name or "", affine.channels, names, bool(others)))
+    return tuple(sites)
 
 
 def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float) -> dict[str, Array]:
@@ -92,12 +83,13 @@ def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float) -> dict[str
         alpha: in [0, 1], how much of the difficulty goes into the weights.
 
     Returns:
-        The factors that each tensor was divided by, shape (channels,) float32, by tensor name.
+        The factors that each tensor was divided by, shape (channels,) float32, by the name of what holds the quotients:
+        the tensor itself, or a new one where it is shared.
     """
     nodes = {node.name: node for node in model.graph}
     writer = _Constants(model.graph)
     factors: dict[str, Array] = {}
-    for site in smoothing_sites(model)[0]:
+    for site in smoothing_sites(model):
         if site.tensor not in amax:
             continue
         node = nodes[site.norm]
@@ -108,7 +100,10 @@ def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float) -> dict[str
         weights = [_oriented(reader, index) for reader, index in readers]
         largest = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
         factor = smoothing_factors(amax[site.tensor], largest, alpha)
-        for target, index, array in affine.constants:
+        divided = [site.tensor]
+        if site.shared:
+            divided = _divide(model.graph, [reader for reader, _ in readers], factor, writer)
+        for target, index, array in affine.constants if not site.shared else ():
             scaled = (array.astype(np.float64).reshape(-1) / factor).astype(np.float32)
             target.replace_input_with(index, writer.add(target.inputs[index], scaled))
         for reader, index in readers:
@@ -116,8 +111,41 @@ def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float) -> dict[str
             shape = (1, -1) if _transposed(reader) else (-1, 1)
             scaled = (weight.astype(np.float64) * factor.reshape(shape)).astype(np.float32)
             reader.replace_input_with(index, writer.add(reader.inputs[index], scaled))
-        factors[site.tensor] = factor.astype(np.float32)
+        factors.update(dict.fromkeys(divided, factor.astype(np.float32)))
     return factors
+
+
+def _divide(graph: ir.Graph, readers: Sequence[ir.Node], factor: Array, writer: _Constants) -> list[str]:
+    """Let matrix products read their data times 1 / factor; return the names of those products by constants."""
+    divided: dict[ir.Value, ir.Value] = {}
+    reciprocal = None
+    for reader in readers:
+        value = _data(reader)
+        if value not in divided:
+            if reciprocal is None:
+                reciprocal = writer.add(value, (1.0 / factor).astype(np.float32))
+            node = ir.node("Mul", [value, reciprocal], name=writer.name(f"{value.name}_divided"))
+            node.outputs[0].name, node.outputs[0].type = node.name, value.type
+            node.outputs[0].shape = value.shape
+            graph.insert_after(_made_by(value), node)
+            divided[value] = node.outputs[0]
+    for reader in readers:
+        reader.replace_input_with(0, divided[_data(reader)])
+    return [name_of(value) for value in divided.values()]
+
+
+def _made_by(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    if node is None:
+        raise AssertionError(f"no node makes {value.name}")
+    return node
+
+
+def _data(reader: ir.Node) -> ir.Value:
+    value = reader.inputs[0]
+    if value is None:
+        raise AssertionError(f"{reader.name} has no data input")
+    return value
 
 
 def smoothing_factors(activations: Array, weights: Array, alpha: float) -> Array:
@@ -267,6 +295,10 @@ class _Constants:
         nodes = list(ir.traversal.RecursiveGraphIterator(graph))
         values = [*graph.inputs, *graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
         self._names = FreeNames(value.name for value in values)
+
+    def name(self, stem: str) -> str:
+        """Return a name that nothing has, and keep it."""
+        return self._names.take(stem)
 
     def add(self, original: ir.Value | None, array: Array) -> ir.Value:
         if original is None:

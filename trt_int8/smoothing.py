@@ -27,7 +27,7 @@ class Smoothed:
         prepared: the model, whose answers are those of the original up to float rounding.
         calibration: the original's, with the statistics of the smoothed tensors counted anew.
         factors: what each tensor's channels were divided by, by tensor name.
-        notes: what was smoothed, and which normalized tensors were not, and why.
+        notes: what was smoothed, and which of it by products of its own.
     """
 
     prepared: PreparedModel
@@ -112,7 +112,7 @@ def smooth_model(
         DataError: the data hold no sample, or can be read only once.
     """
     data = check_smoothing(calibration, data, alpha)
-    sites, reasons = _sites(prepared)
+    sites = _sites(prepared)
     kept = {name: calibration.histogram(name) for name in calibration.tensors}
     source = open_data(
         data,
@@ -122,12 +122,11 @@ def smooth_model(
         preprocessing=preprocessing,
     )
     source.require_rewindable("to smooth")
-    tensors = [site.tensor for site in sites]
     amax = _channel_amax(prepared, sites, source, threads, track)
     model = prepared.ir()
     factors = smooth(model, amax, alpha)
     smoothed = prepared.replaced(model)
-    counted = collect(OnnxRuntimeActivations(smoothed, tensors, source, threads=threads), track, source.batches)
+    counted = collect(OnnxRuntimeActivations(smoothed, list(factors), source, threads=threads), track, source.batches)
     renewed = Calibration(
         kept | dict(counted.histograms),
         calibration.fingerprint,
@@ -135,28 +134,31 @@ def smooth_model(
         input_statistics=calibration.input_statistics,
         settings={**calibration.settings, "smooth": f"{alpha:g}"},
     )
-    note = f"smoothed {len(sites)} normalized tensors with alpha {alpha:g}: {', '.join(tensors[:3])}" + (
-        ", ..." if len(tensors) > 3 else ""
-    )
-    return Smoothed(smoothed, renewed, factors, (note, *reasons))
+    tensors = [site.tensor for site in sites]
+    note = f"smoothed {len(sites)} normalized tensors with alpha {alpha:g}: {_some(tensors)}"
+    shared = [site.tensor for site in sites if site.shared]
+    if shared:
+        note += f"; {len(shared)} of them, which other nodes read too, by a Mul of its own: {_some(shared)}"
+    return Smoothed(smoothed, renewed, factors, (note,))
 
 
-def _sites(prepared: PreparedModel) -> tuple[tuple[SmoothingSite, ...], list[str]]:
-    """Return what can be smoothed, and why the rest cannot be, a line each.
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _sites(prepared: PreparedModel) -> tuple[SmoothingSite, ...]:
+    """Return what can be smoothed.
 
     Raises:
         ModelError: nothing can.
     """
-    sites, left = smoothing_sites(prepared.ir())
-    reasons = [f"{skipped.tensor} was not smoothed: {skipped.reason}" for skipped in left]
+    sites = smoothing_sites(prepared.ir())
     if not sites:
         raise ModelError(
             f"Cannot smooth {str(prepared.path)!r}: no normalization (LayerNormalization, RMSNormalization) has an "
-            "output that matrix products with constant weights alone read"
-            + (f"; {reasons[0]}" if reasons else "")
-            + ". Leave smoothing out."
+            "output that matrix products with constant weights read. Leave smoothing out."
         )
-    return sites, reasons
+    return sites
 
 
 def _channel_amax(

@@ -265,3 +265,60 @@ def test_branches_stay_fp32_and_read_what_they_need(tmp_path: Path, agrees: Any)
     assert types(converted.model)["Relu:b"] == ir.DataType.FLOAT16
     for choice in (True, False):
         agrees(prepared, converted, {"c": np.array(choice), "x": np.float32([[1, -2], [0.5, 1]])})
+
+
+def attend(graph: Any, hide: Callable[[Any, str], str]) -> None:
+    """Attention of one head over x [2, 5, 8], its scores hidden by `hide`."""
+    x = graph.input("x", (2, 5, 8))
+    query, key, value = (graph.node("MatMul", [x, graph.normal((8, 8))], name) for name in ("q", "k", "v"))
+    scores = graph.node("MatMul", [query, graph.node("Transpose", [key], perm=[0, 2, 1])], "scores")
+    graph.node("MatMul", [graph.node("Softmax", [hide(graph, scores)], "p"), value], "y")
+
+
+def added(graph: Any, scores: str) -> str:
+    """As BERT is exported: (1 - mask) * the least number there is."""
+    mask = graph.node("Cast", [graph.input("mask", (2, 1, 5), onnx.TensorProto.INT64)], to=onnx.TensorProto.FLOAT)
+    hidden = graph.node("Sub", [graph.constant(np.float32(1)), mask])
+    least = graph.constant(np.float32(np.finfo(np.float32).min))
+    return str(graph.node("Add", [scores, graph.node("Mul", [hidden, least])]))
+
+
+def selected(graph: Any, scores: str) -> str:
+    """As masked_fill is exported."""
+    kept = graph.node("Cast", [graph.input("mask", (2, 1, 5), onnx.TensorProto.INT64)], to=onnx.TensorProto.BOOL)
+    return str(graph.node("Where", [kept, scores, graph.constant(np.float32(np.finfo(np.float32).min))]))
+
+
+def infinite(graph: Any, scores: str) -> str:
+    """A causal mask."""
+    return str(graph.node("Add", [scores, graph.constant(np.triu(np.full((5, 5), -np.inf, np.float32), 1))]))
+
+
+class TestMasks:
+    """What hides keys from attention holds nothing in FP32."""
+
+    @pytest.mark.parametrize("hide", [added, selected, infinite])
+    def test_attention_computes_in_fp16(
+        self, hide: Callable[[Any, str], str], graph_builder: Any, tmp_path: Path, agrees: Any, run_model: Any
+    ) -> None:
+        """Nothing is held, and masked keys count for nothing."""
+        graph = graph_builder()
+        attend(graph, hide)
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+        feeds = {"x": np.random.default_rng(4).normal(size=(2, 5, 8)).astype(np.float32)}
+        if hide is not infinite:
+            feeds["mask"] = np.int64([[[1, 1, 1, 0, 0]], [[1, 1, 1, 1, 1]]])
+        seen = dict.fromkeys(("x", "q", "k", "v", "y"), 30.0)
+        converted = convert_to_fp16(prepared, seen)
+
+        assert converted.held == ()
+        agrees(prepared, converted, feeds)
+
+    def test_a_number_that_does_not_end_in_a_softmax_alone_is_held(self, graph_builder: Any, tmp_path: Path) -> None:
+        """The same sum as an output of the model: its values are wanted."""
+        graph = graph_builder()
+        attend(graph, selected)
+        graph.nodes[-3].output[0], graph.nodes[-2].input[0] = "masked", "masked"
+        held = held_in_fp32(prepare(graph.save(tmp_path / "m.onnx", ["y", "masked"])), dict.fromkeys("xqkvy", 1.0))
+
+        assert "Where" in [node.op_type for node in held]

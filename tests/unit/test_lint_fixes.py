@@ -398,6 +398,26 @@ def test_concat_scales(graph_builder: Any, mended: Any, run_model: Any) -> None:
     assert difference(run_model, before, after, {name: 0.05 * value for name, value in feeds.items()}) <= 0.08
 
 
+def test_concat_scales_beside_a_pool(graph_builder: Any, mended: Any, run_model: Any) -> None:
+    """A pair behind a MaxPool has the scale of the one before it, and keeps step with it.
+
+    Each of a convolution's 4 inputs moves by at most half of the scale before and half of the one after.
+    """
+    graph = graph_builder()
+    a = pair(graph, image(graph), "a", np.float32(0.05))
+    pool = graph.node("MaxPool", [a], kernel_shape=[2, 2], strides=[2, 2])
+    conv(graph, pair(graph, pool, "b", np.float32(0.05)), "z")
+    c = pair(graph, graph.node("Tanh", ["x"]), "c", np.float32(0.01))
+    cut = [graph.constant(np.int64([value])) for value in (2, 6, 1)]
+    joined = pair(graph, graph.node("Concat", [a, c], "cat", axis=1), "d", np.float32(0.1))
+    conv(graph, graph.node("Slice", [joined, *cut]), "y")
+    result, before, after = mended(graph, "y", "z")
+
+    assert done(result) == [("concat-scales", "n_cat")]
+    assert rules(result) == set()
+    assert difference(run_model, before, after) <= 4 * (127 * 0.04) * (0.05 + 0.1) / 2
+
+
 def test_what_every_mendable_rule_is_mended_by(graph_builder: Any, mended: Any) -> None:
     """A rule that promises a fix has one: its name stands among the outcomes of these tests' fixes."""
     import inspect

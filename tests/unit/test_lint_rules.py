@@ -437,6 +437,18 @@ def test_lonely_pair(reader: str | None, lonely: bool, graph_builder: Any) -> No
     assert nodes(graph, "lonely-pair") == (["n_a_q"] if lonely else [])
 
 
+@both
+def test_a_normalization_of_what_a_convolution_gives(faulty: bool, graph_builder: Any) -> None:
+    """Conv, Relu, Transpose, pair, LayerNormalization: the convolution writes INT8. Behind a lone Tanh none does."""
+    graph = graph_builder()
+    x = graph.input("x", (1, 4, 8, 8))
+    made = graph.node("Tanh", [x]) if faulty else graph.node("Relu", [graph.conv(x, (4, 4), "c")])
+    turned = graph.node("Transpose", [made], perm=[0, 2, 3, 1])
+    graph.node("LayerNormalization", [pair(graph, turned, "a"), graph.normal((4,))], "y", axis=-1)
+
+    assert nodes(graph, "lonely-pair", ["y"]) == (["n_a_q"] if faulty else [])
+
+
 def test_a_pool_between_two_pairs_is_no_island(graph_builder: Any) -> None:
     """An average pool computes on INT8 where its output is quantized too."""
     graph = graph_builder()
@@ -686,6 +698,17 @@ def test_cpu_target_wants_integer_biases(faulty: bool, graph_builder: Any) -> No
         next(node for node in graph.nodes if node.op_type == "Conv").input[2] = graph.normal((4,))
 
     assert nodes(graph, "conv-float-bias", ["z"], target="cpu") == (["n_c"] if faulty else [])
+
+
+def test_a_convolution_with_a_computed_kernel_is_no_integer_kernel(graph_builder: Any) -> None:
+    """A tracker's correlation of two maps reads INT8 on both sides and computes in float: nothing is missing there."""
+    graph = graph_builder()
+    maps = [pair(graph, graph.input(name, shape), f"{name}p", zero=np.uint8(128)) for name, shape in (
+        ("search", (1, 4, 8, 8)), ("template", (4, 4, 3, 3)),
+    )]  # fmt: skip
+    graph.node("Conv", [*maps, graph.normal((4,))], "y")
+
+    assert lint(graph.model(["y"]), target="cpu").findings == ()
 
 
 def test_rules_are_told_apart() -> None:

@@ -79,6 +79,11 @@ ONE_OPERATOR = [
     # a scalar sum over all weights
     ("ConvTranspose", [np.float32([[1, -2], [3, 0.5]]).reshape(2, 2, 1, 1)], {}, 13),
     ("MatMul", [np.float32([[1, -1], [2, 1], [3, 0], [-4, 0.5]])], {}, 20),
+    # sqrt(4 values) * 3 + 0.5; sqrt(16) * 2 + 1 for a channel, or a group of one
+    ("LayerNormalization", [np.float32([1, -3, 2, 1]), np.float32([0.5, 0, 0, 0])], {"axis": -1}, 6.5),
+    ("LayerNormalization", [np.ones((4, 4), np.float32)], {"axis": 2}, 4),
+    ("InstanceNormalization", [np.float32([1, 2]), np.float32([-1, 0])], {}, 9),
+    ("GroupNormalization", [np.float32([1, 2]), np.float32([-1, 0])], {"num_groups": 2}, 9),
     # scale 3, variance 4 -> 3 / 2 * (2 + mean 1) + 2; the other channel: 1 * (2 + 0) + 1
     (
         "BatchNormalization",
@@ -106,6 +111,39 @@ def test_one_operator(
 
     assert bound == pytest.approx(expected)
     assert np.abs(run_model(model, {"x": EXTREMES})["y"]).max() <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("softmax", "inner", "expected"), [(None, 3, 18.0), (None, "K", math.inf), (-1, "K", 3.0), (1, 3, 9.0)]
+)
+def test_products_of_activations(softmax: int | None, inner: int | str, expected: float, graph_builder: Any) -> None:
+    """3 products of 2 and 3; an average by probabilities along the last axis is no larger than what is averaged."""
+    graph = graph_builder()
+    left, right = graph.input("a", (2, 4, inner)), graph.input("b", (2, inner, 5))
+    if softmax is not None:
+        left = graph.node("Softmax", [left], axis=softmax)
+    graph.node("MatMul", [left, right], "y")
+    model = typed(graph.model(["y"]))
+
+    assert magnitude_bounds(ir.from_proto(model), {"a": 2.0, "b": 3.0})["y"] == expected
+
+
+@pytest.mark.parametrize(("batch", "expected"), [("N", 16 * 2.0 * 3.0), (2, math.inf)])
+def test_the_size_of_a_head_whose_reshape_leaves_it_open(batch: int | str, expected: float, graph_builder: Any) -> None:
+    """64 features in 4 heads: 16 each, where the open first axis is the batch on both sides of the Reshape."""
+    graph = graph_builder()
+    shape = graph.input("shape", (4,), TensorProto.INT64)
+    heads = []
+    for name in "ab":
+        x = graph.node("Reshape", [graph.input(name, (batch, 17, 64)), shape], f"{name}_split")
+        heads.append(graph.node("Transpose", [x], perm=[0, 2, 1, 3] if name == "a" else [0, 2, 3, 1]))
+    graph.node("MatMul", heads, "y")
+    model = graph.model(["y"])
+    for name in "ab":
+        open_shape = helper.make_tensor_value_info(f"{name}_split", TensorProto.FLOAT, ["M", 17, 4, None])
+        model.graph.value_info.append(open_shape)
+
+    assert magnitude_bounds(ir.from_proto(typed(model)), {"a": 2.0, "b": 3.0})["y"] == expected
 
 
 def test_scaled_gemm(graph_builder: Any, run_model: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from engines.activations import tensors_to_calibrate
 from engines.graph import prepare
 from engines.pair_rules import RULES
+from engines.pair_rules_carriers import gated_map
 from engines.placement import ActivationPoint, Placement
 from engines.placement_cpu import place_for_cpu
 from engines.placement_options import PlacementOptions
@@ -345,21 +346,81 @@ class TestElementWise:
 
         assert edges(placed(graph, tmp_path, ["c", "e"])) == {"at": {("n_c", 0)}, "both": {("n_e", 0)}}
 
-    @pytest.mark.parametrize("other_reader", [False, True])
-    def test_the_gate_of_squeeze_and_excitation(self, other_reader: bool, graph_builder: Any, tmp_path: Path) -> None:
-        """The map that is gated reads INT8 only where it is INT8 for another reader; the gate stays float."""
+
+def sigmoid(graph: Any, x: str) -> str:
+    return str(graph.node("Sigmoid", [x], "gate"))
+
+
+def clipped(graph: Any, x: str) -> str:
+    shifted = graph.clip(graph.node("Add", [x, graph.constant(np.float32(3))]), 0, 6)
+    return str(graph.node("Div", [shifted, graph.constant(np.float32(6))], "gate"))
+
+
+def unbounded(graph: Any, x: str) -> str:
+    return str(graph.node("Softplus", [x], "gate"))
+
+
+def squeeze_and_excitation(graph: Any, gate: Callable[..., str] = sigmoid) -> str:
+    """Conv, Relu, average, Conv, gate, product, Conv."""
+    x = graph.node("Relu", [graph.conv(graph.input("x", (2, 16, 8, 8)), (16, 32), "a")], "map")
+    squeezed = graph.conv(graph.node("GlobalAveragePool", [x], "mean"), (32, 32), "squeeze", kernel=1)
+    return str(graph.conv(graph.node("Mul", [x, gate(graph, squeezed)], "gated"), (32, 16), "y"))
+
+
+class TestChannelGates:
+    """Squeeze-and-excitation: map, average and gate are INT8 together, or none of them."""
+
+    @pytest.mark.parametrize("gate", [sigmoid, clipped])
+    def test_all_three_are_int8(self, gate: Callable[..., str], graph_builder: Any, tmp_path: Path) -> None:
+        """The map has one pair for both of its readers; the gate's scale is 1/127, since it is at most 1."""
         graph = graph_builder()
-        x = graph.node("Relu", [graph.conv(graph.input("x", (2, 16, 8, 8)), (16, 32), "a")], "map")
-        squeezed = graph.conv(graph.node("GlobalAveragePool", [x], "mean"), (32, 32), "squeeze", kernel=1)
-        gate = graph.node("Sigmoid", [squeezed], "gate")
-        graph.conv(graph.node("Mul", [x, gate], "gated"), (32, 16), "y")
-        outputs = ["y"]
-        if other_reader:
-            outputs.append(graph.conv(x, (32, 16), "z"))
+        placement = placed(graph, tmp_path, [squeeze_and_excitation(graph, gate)])
+
+        assert edges(placement)["map"] == {("n_mean", 0), ("n_gated", 0)}
+        assert edges(placement)["gate"] == {("n_gated", 1)}
+        assert {point_of(placement, tensor).rule for tensor in ("map", "gate")} == {"channel-gate"}
+        assert point_of(placement, "gate").amax == 1.0
+        assert point_of(placement, "gate").reason.endswith("the gate of Mul 'n_gated', which is at most 1")
+        assert "gate" not in placement.tensors
+
+    @pytest.mark.parametrize("case", ["unbounded", "squeeze", "float reader", "float behind", "excluded"])
+    def test_left_alone_where_one_part_is_float(self, case: str, graph_builder: Any, tmp_path: Path) -> None:
+        """A gate of any size, a squeeze or a convolution in float, another reader of the map, or of the product."""
+        graph = graph_builder()
+        outputs = [squeeze_and_excitation(graph, unbounded if case == "unbounded" else sigmoid)]
+        if case.startswith("float"):
+            outputs.append(graph.node("Tanh", ["map" if case == "float reader" else "gated"], "z"))
+        excluded = {"squeeze": ["n_squeeze"], "excluded": ["n_a"]}.get(case, [])
+        found = edges(placed(graph, tmp_path, outputs, exclude=excluded))
+
+        assert not {"map", "gate"} & set(found)
+
+    def test_a_map_that_is_int8_for_another_reader(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Product and average join the pair that is there."""
+        graph = graph_builder()
+        outputs = [squeeze_and_excitation(graph)]
+        outputs.append(graph.conv("map", (32, 16), "z"))
         found = edges(placed(graph, tmp_path, outputs))
 
-        assert found.get("map", set()) == ({("n_z", 0), ("n_mean", 0), ("n_gated", 0)} if other_reader else set())
-        assert "gate" not in found
+        assert found["map"] == {("n_z", 0), ("n_mean", 0), ("n_gated", 0)}
+        assert found["gate"] == {("n_gated", 1)}
+
+    @pytest.mark.parametrize(
+        ("left", "right", "index"),
+        [
+            ((2, 16, 8, 8), (2, 16, 1, 1), 0), ((2, 1, 8, 8), (2, 16, 8, 8), 1),
+            (("N", 16, "H", "W"), ("N", 16, 1, 1), 0),
+            ((2, 16, 8, 8), (2, 16, 8, 8), None), ((2, 16, 8, 8), (1,), None), ((2, 16, 8, 8), (2, 1, 1, 1), None),
+            ((2, 16, 1, 1), (2, 1, 8, 8), None), ((16, 8), (16, 1), None),
+        ],
+    )  # fmt: skip
+    def test_what_is_a_gate(self, left: Any, right: Any, index: int | None, graph_builder: Any, tmp_path: Path) -> None:
+        """Broadcast over space or channels; not over the whole of a sample, and not one over the other."""
+        graph = graph_builder()
+        graph.node("Mul", [graph.input("a", left), graph.input("b", right)], "y")
+        model = prepare(graph.save(tmp_path / "m.onnx", ["y"])).ir()
+
+        assert gated_map(model.graph[0]) == index
 
 
 class TestNormalizations:
@@ -548,7 +609,11 @@ def test_a_gather_that_reorders_commutes_and_one_that_selects_does_not(
     assert placed(graph, tmp_path, ["y"]).tensors == [expected]
 
 
-@pytest.mark.parametrize("draw", [two_ways, projection, padded, pooled, attention])
+def gated(graph: Any) -> list[str]:
+    return [squeeze_and_excitation(graph)]
+
+
+@pytest.mark.parametrize("draw", [two_ways, projection, padded, pooled, attention, gated])
 def test_whatever_is_left_float_its_scales_are_calibrated(
     draw: Callable[[Any], list[str]], graph_builder: Any, tmp_path: Path
 ) -> None:
