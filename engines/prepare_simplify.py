@@ -7,7 +7,8 @@ import hashlib
 import onnx
 import onnx.numpy_helper
 import onnx.shape_inference
-import onnxslim
+
+from engines.prepare_slim import slim
 
 _SHARED_BELOW = 1000
 """Constants of fewer elements are shared; larger ones that are equal are shared on purpose or not at all."""
@@ -20,10 +21,9 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
         Exception: whatever the simplifier's and the inference's parsers meet.
     """
     inputs = list(model.graph.input)
-    # Its own search for equal constants compares all of them with each other.
-    slim = onnxslim.slim(model, skip_optimizations=["weight_tying"])
-    share_constants(slim)
-    inferred = onnx.shape_inference.infer_shapes(slim, data_prop=True)
+    simple = slim(model)
+    share_constants(simple)
+    inferred = onnx.shape_inference.infer_shapes(simple, data_prop=True)
     # Inputs that nothing reads are part of the model's interface; the simplifier drops them.
     kept = {value.name: value for value in inferred.graph.input}
     del inferred.graph.input[:]
