@@ -49,13 +49,14 @@ def slim(model: onnx.ModelProto) -> onnx.ModelProto:
             if after == before:
                 break
             before = after
-    return update_outputs_dims(model, output_dims=lengths)
+    named: onnx.ModelProto = update_outputs_dims(model, output_dims=lengths)
+    return named
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
     """Run each pass once."""
     graph = gs.import_onnx(model).toposort()
-    graph.fold_constants().cleanup().toposort()
+    graph.fold_constants().cleanup(remove_unused_graph_inputs=True).toposort()
     wiring = _wiring(graph)
     for change in (_fuse, dead_node_elimination, subexpression_elimination):
         change(graph)
@@ -63,7 +64,8 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
         if changed is None or changed != wiring:
             graph.cleanup(remove_unused_graph_inputs=True).toposort()
             wiring = _wiring(graph)
-    return gs.export_onnx(graph)
+    optimised: onnx.ModelProto = gs.export_onnx(graph)
+    return optimised
 
 
 def _fuse(graph: gs.Graph) -> None:
