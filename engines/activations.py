@@ -16,7 +16,7 @@ from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.blocked import Blocked, open_blocked_session, real_values
 from engines.errors import InferenceError
-from engines.graph import PreparedModel, float_activations, name_of, open_session
+from engines.graph import PreparedModel, exceeds_one_file, float_activations, name_of, open_session
 from engines.node_rules import weighted_nodes
 from engines.onnxrt import check_feeds, tensor_specs
 from engines.outside_weights import outside_bytes
@@ -339,8 +339,8 @@ class OnnxRuntimeActivations:
         present = {value.name for value in model.graph.output}
         added = [name for name in exposed if name not in self._input_names and name not in present]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
-        # The optimised graph of a model whose weights are outside would be a copy of all of them on the disk.
-        sensible = blocked and bool(self._fetched) and not outside_bytes(model)
+        # The optimised graph of a model of many gigabytes would be a copy of all of its weights on the disk.
+        sensible = blocked and bool(self._fetched) and not (outside_bytes(model) and exceeds_one_file(model))
         found = open_blocked_session(model, self._fetched, threads=1) if sensible else None
         if found is None:
             return [whole(open_session(model, execution="native", threads=1), self._fetched)]

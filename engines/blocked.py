@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 
 from calibrators.errors import TrtInt8Error
 from calibrators.protocols import Array
-from engines.graph import exceeds_one_file, save_model
+from engines.graph import exceeds_one_file, for_session, save_model
 from engines.onnxrt import make_session
 from engines.pieces import BLOCKED_DOMAIN, Piece, open_pieces, tensor_sizes
 
@@ -160,16 +160,18 @@ def _optimised(exposed: onnx.ModelProto, folder: Path, threads: int) -> onnx.Mod
     """Return the graph as ONNX Runtime optimises it, without its large weights, which are written to `folder`."""
     written = folder / "optimised.onnx"
     source: Path | bytes
+    settings: Mapping[str, str] = {}
     if exceeds_one_file(exposed):
         source = folder / "model.onnx"
         save_model(exposed, source)
     else:
-        source = exposed.SerializeToString()
+        source, settings = for_session(exposed)
     make_session(
         source,
         execution="native",
         threads=threads,
         settings={
+            **settings,
             "session.optimized_model_external_initializers_file_name": "weights.bin",
             "session.optimized_model_external_initializers_min_size_in_bytes": str(_EXTERNAL_BYTES),
         },

@@ -25,10 +25,13 @@ from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError
 from engines.onnxrt import Execution, Provider, load_header, make_session, tensor_specs
-from engines.opset import MINIMUM_OPSET, check_operators, check_training, opset_of, raise_opset
+from engines.opset import MINIMUM_OPSET, check_operators, check_training, nested_graphs, opset_of, raise_opset
 from engines.outside_weights import (
+    SPILLED_BYTES,
+    SPILLED_MODEL_BYTES,
     Spill,
     bring_inside,
+    hidden_outside,
     hide_outside,
     initializer_bytes,
     outside_bytes,
@@ -67,7 +70,7 @@ class PreparedModel:
         proto: the prepared model; treat it as read-only, `ir()` gives a copy to edit.
         graph_hash: hash of the structure: nodes, attributes, inputs, outputs.
         weights_hash: hash of the initializers' names, types, shapes and values.
-        scratch: the file of large weights that preparation has changed; keep this object while `proto` is in use.
+        scratch: the file of large weights that were moved or changed; keep this object while `proto` is in use.
     """
 
     path: Path
@@ -94,7 +97,8 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     are inlined, documentation strings and per-node metadata (exporters write source paths there) are dropped. Tensor
     names stay. The same file always gives the same graph.
 
-    The large weights of a model beyond 2 GB stay in their files, which must not change while the model is in use.
+    The large weights of a model beyond 2 GB stay in their files, which must not change while the model is in use. Those
+    of a model of more than 32 MiB are moved to a temporary file, so that none of the tools copies them.
 
     Raises:
         FileAccessError: missing or unreadable file, or external data that is missing.
@@ -112,8 +116,14 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
                 "Put that file beside the model; the two belong together."
             )
     model = _with_weights(header, file)
+    del header
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    scratch = None
+    has_bodies = len(list(nested_graphs(model.graph))) > 1  # they may read weights, and are not looked into for it
+    if SPILLED_MODEL_BYTES <= initializer_bytes(model) < PROTOBUF_LIMIT_BYTES and not has_bodies:
+        scratch = Spill(SPILLED_BYTES)
+        model = scratch.take(model)
     drop_initializers_from_inputs(model)
     opset = opset_of(model, file)
     check_operators(model, opset, file)
@@ -123,8 +133,12 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     hidden = hide_outside(model)
     if opset < MINIMUM_OPSET:
         model = raise_opset(model, opset, file)
-    scratch = Spill() if hidden else None
-    model = _simplified(model, hidden, scratch, file)
+    if scratch is not None:  # the weights are in memory as far as something asks for them
+        restore_outside(model, hidden)
+        hidden = {}
+    elif hidden:
+        scratch = Spill()
+    model = _simplified(model, hidden, scratch, file, beyond=bool(hidden))
     drop_notes(model)
     name_nodes(model)
     _check(model, file)
@@ -184,18 +198,25 @@ def open_session(
     Raises:
         ModelError: ONNX Runtime refuses the model.
     """
-    if outside_bytes(model) and _fits_one_message(model):
-        relative, root = rooted(model)
-        settings = {"session.model_external_initializers_file_folder_path": os.fspath(root)}
-        return make_session(
-            relative.SerializeToString(), execution=execution, threads=threads, settings=settings, providers=providers
-        )
-    if not exceeds_one_file(model):
-        return make_session(model.SerializeToString(), execution=execution, threads=threads, providers=providers)
+    if not exceeds_one_file(model) or (outside_bytes(model) and _fits_one_message(model)):
+        content, settings = for_session(model)
+        return make_session(content, execution=execution, threads=threads, settings=settings, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save_model(model, file)
         return make_session(file, execution=execution, threads=threads, providers=providers)
+
+
+def for_session(model: onnx.ModelProto) -> tuple[bytes, dict[str, str]]:
+    """Return a model as one message, and the settings by which ONNX Runtime finds the weights that are outside of it.
+
+    Args:
+        model: what is in memory of it fits one message.
+    """
+    if not outside_bytes(model):
+        return model.SerializeToString(), {}
+    relative, root = rooted(model)
+    return relative.SerializeToString(), {"session.model_external_initializers_file_folder_path": os.fspath(root)}
 
 
 def constant_array(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -260,12 +281,12 @@ def _with_weights(header: onnx.ModelProto, file: Path) -> onnx.ModelProto:
 
 
 def _simplified(
-    model: onnx.ModelProto, hidden: dict[str, onnx.TensorProto], keep: Spill | None, file: Path
+    model: onnx.ModelProto, hidden: dict[str, onnx.TensorProto], keep: Spill | None, file: Path, *, beyond: bool
 ) -> onnx.ModelProto:
-    """Simplify and fold a model; `hidden` are the weights that the simplifier must not see."""
+    """Simplify and fold a model; beyond 2 GB, `hidden` are the weights that the simplifier must not see."""
     try:
         with quiet():
-            simple = simplify(model)
+            simple = simplify(model, None if keep is None or beyond else keep.take)
     except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
         line = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -273,7 +294,7 @@ def _simplified(
         ) from error
     restore_outside(simple, hidden)
     graph = ir.from_proto(simple)
-    moved = 0 if keep is None else fold_moved_weights(graph, keep)
+    moved = fold_moved_weights(graph, keep) if beyond and keep is not None else 0
     turned = cancel_transposes(graph)
     moved += turned + join_layer_norms(graph) + write_pads_out(graph)
     if not (moved + rename_operators(graph) + fold_affine(graph, keep)):
@@ -281,7 +302,7 @@ def _simplified(
     RemoveUnusedNodesPass()(graph)
     folded = ir.to_proto(graph)
     # A bias that was added behind a Transpose, say, lies next to its convolution now.
-    return _simplified(folded, hide_outside(folded), keep, file)
+    return _simplified(folded, hide_outside(folded) if beyond else {}, keep, file, beyond=beyond)
 
 
 def _serialized(model: onnx.ModelProto | ir.Model) -> bytes:
@@ -310,7 +331,8 @@ def _check(model: onnx.ModelProto, file: Path) -> None:
     for tensor in rankless:
         tensor.shape.SetInParent()  # the checker wants a shape there, and does not compare it with anything
     try:
-        onnx.checker.check_model(model)
+        with hidden_outside(model):
+            onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         line = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelError(f"{str(file)!r} is not a valid ONNX model: {line}. Export it again.") from error

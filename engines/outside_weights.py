@@ -7,12 +7,14 @@ use inside a process: `engines.graph.save_model` writes models whose data lies b
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,13 @@ import onnx_ir as ir
 from engines.errors import ModelError
 
 OUTSIDE_BYTES = 2**20
-"""Weights from this size on stay outside; the others are read."""
+"""Of a model beyond 2 GB, weights from this size on stay outside; the others are read."""
+
+SPILLED_MODEL_BYTES = 2**25
+"""Weights of a smaller model that has this many bytes of them are moved to a temporary file."""
+
+SPILLED_BYTES = 2**16
+"""Of these, weights from this size on."""
 
 _CHUNK = 2**22
 
@@ -111,13 +119,18 @@ def read_chunks(tensor: onnx.TensorProto) -> Iterator[bytes]:
             yield chunk
 
 
+def read_inside(tensor: onnx.TensorProto) -> None:
+    """Read a tensor that is outside into its description; edits it in place."""
+    tensor.raw_data = b"".join(read_chunks(tensor))
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
 def bring_inside(model: onnx.ModelProto) -> None:
     """Read all weights that are outside into the model; edits it in place."""
     for tensor in model.graph.initializer:
         if is_outside(tensor):
-            tensor.raw_data = b"".join(read_chunks(tensor))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+            read_inside(tensor)
 
 
 def hide_outside(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -154,11 +167,27 @@ def restore_outside(model: onnx.ModelProto, hidden: dict[str, onnx.TensorProto])
     model.graph.initializer.extend(tensor for name, tensor in hidden.items() if name in read)
 
 
-class Spill:
-    """A file of its own for large weights that preparation has changed; it goes when nothing holds this object."""
+@contextmanager
+def hidden_outside(model: onnx.ModelProto) -> Iterator[None]:
+    """Make inputs of the weights that are outside meanwhile; edits a model in place, and restores what is read."""
+    hidden = hide_outside(model)
+    try:
+        yield
+    finally:
+        restore_outside(model, hidden)
 
-    def __init__(self) -> None:
+
+class Spill:
+    """A file of its own for large weights; it goes when nothing holds this object.
+
+    Args:
+        least: bytes; smaller weights stay in memory. None for `OUTSIDE_BYTES`.
+    """
+
+    def __init__(self, least: int | None = None) -> None:
+        self._least = OUTSIDE_BYTES if least is None else least
         self._folder: Path | None = None
+        self._places: dict[bytes, int] = {}
 
     @property
     def folder(self) -> Path | None:
@@ -168,20 +197,47 @@ class Spill:
     def __call__(self, value: ir.Value) -> None:
         """Write a large constant to the file, and let the value refer to it; small ones stay as they are."""
         tensor = value.const_value
-        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < OUTSIDE_BYTES:
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < self._least:
             return
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="trt-int8-")).resolve()
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        file = self._folder / "weights"
-        with file.open("ab") as stream:
-            stream.write(b"\0" * (-stream.tell() % 64))
-            offset = stream.tell()
-            stream.write(np.ascontiguousarray(tensor.numpy()).data)
+        file, offset = self._write(np.ascontiguousarray(tensor.numpy()).data)
         shape = ir.Shape(tensor.shape.numpy())
         value.const_value = ir.ExternalTensor(
             os.fspath(file), offset, tensor.nbytes, tensor.dtype, shape=shape, name=str(value.name)
         )
+
+    def take(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Write the large weights of a model to the file, and return its description without them.
+
+        Args:
+            model: loses its large weights; what they took is free when nothing holds it any more.
+        """
+        moved = False
+        for tensor in model.graph.initializer:
+            if is_outside(tensor) or len(tensor.raw_data) < self._least or not _mappable(tensor, 0):
+                continue
+            file, offset = self._write(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            _point(tensor, os.fspath(file), offset)
+            moved = True
+        if not moved:
+            return model
+        description = onnx.ModelProto()
+        description.CopyFrom(model)
+        return description
+
+    def _write(self, content: bytes | memoryview) -> tuple[Path, int]:
+        """Append to the file; equal contents have the same place, so that descriptions tell what is equal."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="trt-int8-")).resolve()
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        file = self._folder / "weights"
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._places:
+            with file.open("ab") as stream:
+                stream.write(b"\0" * (-stream.tell() % 64))
+                self._places[digest] = stream.tell()
+                stream.write(content)
+        return file, self._places[digest]
 
 
 def _copy(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import onnx
 import onnx.numpy_helper
 import onnx.shape_inference
-import onnxslim
+
+from engines.outside_weights import hide_outside, is_outside, restore_outside
+from engines.prepare_slim import slim
 
 _SHARED_BELOW = 1000
 """Constants of fewer elements are shared; larger ones that are equal are shared on purpose or not at all."""
 
 
-def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+def simplify(
+    model: onnx.ModelProto, take: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None
+) -> onnx.ModelProto:
     """Fold constants, drop what computes nothing, and infer types and shapes; inputs stay as they are.
+
+    Args:
+        model: what to simplify.
+        take: moves large weights out of a model, see `engines.prepare_slim.slim`.
 
     Raises:
         Exception: whatever the simplifier's and the inference's parsers meet.
     """
     inputs = list(model.graph.input)
-    # Its own search for equal constants compares all of them with each other.
-    slim = onnxslim.slim(model, skip_optimizations=["weight_tying"])
-    share_constants(slim)
-    inferred = onnx.shape_inference.infer_shapes(slim, data_prop=True)
+    simple = slim(model, take)
+    share_constants(simple)
+    hidden = {} if take is None else hide_outside(simple)
+    inferred = onnx.shape_inference.infer_shapes(simple, data_prop=True)
+    restore_outside(inferred, hidden)
     # Inputs that nothing reads are part of the model's interface; the simplifier drops them.
     kept = {value.name: value for value in inferred.graph.input}
     del inferred.graph.input[:]
@@ -38,7 +48,11 @@ def share_constants(model: onnx.ModelProto) -> None:
         model: edited in place; initializers of the main graph only, read in the main graph only.
     """
     graph = model.graph
-    small = {tensor.name: tensor for tensor in graph.initializer if _elements(tensor) < _SHARED_BELOW}
+    small = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if _elements(tensor) < _SHARED_BELOW and not is_outside(tensor)
+    }
     for value in graph.output:
         small.pop(value.name, None)
     first: dict[tuple[int, tuple[int, ...], bytes], str] = {}

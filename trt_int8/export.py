@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import onnx.checker
 import onnx.shape_inference
-import onnxslim
 
 from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path, sha256_of_file
@@ -28,6 +27,7 @@ from engines.errors import ModelError
 from engines.graph import PROTOBUF_LIMIT_BYTES, quiet
 from engines.onnxrt import PRECISION_KEY, OnnxRuntimeRunner, load_header, tensor_specs
 from engines.prepare_simplify import share_constants
+from engines.prepare_slim import slim
 from engines.runner import TensorSpec
 from trt_int8.capture import DynamicAxes, capture
 from trt_int8.errors import ExportError
@@ -339,10 +339,9 @@ def _is_module(source: torch.nn.Module | ExportedProgram) -> bool:
 def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with quiet():
-            # Its own search for equal constants compares all of them with each other.
-            slim: onnx.ModelProto = onnxslim.slim(proto, skip_optimizations=["weight_tying"])
-            share_constants(slim)
-            return slim
+            simple = slim(proto)
+            share_constants(simple)
+            return simple
     except Exception as error:  # onnxslim raises whatever its parser meets
         raise ExportError(f"onnxslim cannot simplify the graph: {_one_line(error)}. Try simplify=False.") from error
 

@@ -319,6 +319,7 @@ def _notes(
         )
     if method == "auto" and auto is None:
         notes.append("auto had no held-back data to judge by and took mse; give it some with --data.")
-    zero = [name for name in quantized.placement.tensors if name in set(calibration.always_zero)]
+    always_zero = set(calibration.always_zero)
+    zero = [name for name in quantized.placement.tensors if name in always_zero]
     notes.extend(f"{name} was 0 throughout the calibration; its scale is 1." for name in zero)
     return tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -215,3 +216,104 @@ def test_preparation_holds_one_large_weight_at_a_time(tmp_path: Path, monkeypatc
 
     assert [node.op_type for node in prepared.proto.graph.node] == ["Gemm", "Relu"] * count
     assert peak < 2.5 * size * size * 4
+
+
+@pytest.fixture
+def spilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat a model of a few kilobytes as one of a hundred megabytes."""
+    monkeypatch.setattr(graph_module, "SPILLED_MODEL_BYTES", 10_000)
+    monkeypatch.setattr(graph_module, "SPILLED_BYTES", 300)
+
+
+@pytest.mark.usefixtures("spilled")
+class TestSpilledModels:
+    """Beyond 32 MiB of weights, and within the limit of one message."""
+
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("opset", [9, 17])
+    def test_the_graph_and_its_hashes_are_those_of_a_model_in_memory(
+        self, norm: bool, opset: int, graph_builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Folded and transposed to the bit, with the large weights in a file, aligned to 64 bytes."""
+        onnx.save(drawn(graph_builder, norm=norm, opset=opset), tmp_path / "m.onnx")
+        found = prepare(tmp_path / "m.onnx")
+        monkeypatch.setattr(graph_module, "SPILLED_MODEL_BYTES", 2**31)
+        expected = prepare(tmp_path / "m.onnx")
+
+        assert (found.graph_hash, found.weights_hash) == (expected.graph_hash, expected.weights_hash)
+        outside = [tensor for tensor in found.proto.graph.initializer if is_outside(tensor)]
+        assert len(outside) == 3
+        assert not any(map(is_outside, expected.proto.graph.initializer))
+        assert found.proto.ByteSize() < 4000 < expected.proto.ByteSize()
+        assert all(int(entry.value) % 64 == 0 for t in outside for entry in t.external_data if entry.key == "offset")
+        answers = [
+            open_session(prepared.proto, execution="exact").run(None, {"x": IMAGES})[0]
+            for prepared in (found, expected)
+        ]
+        np.testing.assert_array_equal(*answers)
+
+    def test_the_file_goes_with_the_model(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Nothing is left in the temporary folder."""
+        onnx.save(drawn(graph_builder), tmp_path / "m.onnx")
+        prepared = prepare(tmp_path / "m.onnx")
+        assert prepared.scratch is not None
+        folder = prepared.scratch.folder
+
+        assert folder is not None
+        assert folder.is_dir()
+        del prepared
+        gc.collect()
+        assert not folder.exists()
+
+    def test_equal_weights_have_one_place(self, graph_builder: Any, tmp_path: Path) -> None:
+        """So that the simplifier sees that two products are one, as it does in memory."""
+        graph = graph_builder(1)
+        x, values = graph.input("x", ("N", 96)), graph.rng.normal(size=(96, 96)).astype(np.float32)
+        first, second = (graph.node("MatMul", [x, graph.constant(values)]) for _ in "ab")
+        graph.node("Add", [first, second], "y")
+        onnx.save(graph.model(["y"]), tmp_path / "m.onnx")
+
+        assert [node.op_type for node in prepare(tmp_path / "m.onnx").proto.graph.node] == ["MatMul", "Add"]
+
+    def test_what_branches_read_stays_in_memory(self, tmp_path: Path) -> None:
+        """A model with branches is not spilled."""
+        value = helper.make_tensor_value_info
+        branches = {
+            f"{name}_branch": helper.make_graph(
+                [helper.make_node("MatMul", ["x", weight], [name])], name, [], [value(name, TensorProto.FLOAT, None)]
+            )
+            for name, weight in (("then", "a"), ("else", "b"))
+        }
+        weights = [numpy_helper.from_array(np.full((64, 64), k, np.float32), name) for k, name in enumerate("ab")]
+        graph = helper.make_graph(
+            [helper.make_node("If", ["which"], ["y"], **branches)],
+            "g",
+            [value("x", TensorProto.FLOAT, [1, 64]), value("which", TensorProto.BOOL, [])],
+            [value("y", TensorProto.FLOAT, [1, 64])],
+            weights,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, tmp_path / "m.onnx")
+
+        assert not any(map(is_outside, prepare(tmp_path / "m.onnx").proto.graph.initializer))
+
+    def test_calibrate_and_quantize_as_in_memory(
+        self, graph_builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same scales to the bit, and the same file."""
+        path = tmp_path / "m.onnx"
+        onnx.save(drawn(graph_builder, norm=True), path)
+        written = []
+        for least in (10_000, 2**31):
+            monkeypatch.setattr(graph_module, "SPILLED_MODEL_BYTES", least)
+            calibration = calibrate(path, [{"x": IMAGES}])
+            quantize(path, calibration, method="minmax", output=tmp_path / f"{least}.onnx")
+            written.append((calibration.scales("entropy"), onnx.load(tmp_path / f"{least}.onnx").graph))
+
+        (scales, found), (expected_scales, expected) = written
+        assert scales == expected_scales
+        assert list(found.node) == list(expected.node)
+        constants = [{t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (found, expected)]
+        assert constants[0].keys() == constants[1].keys()
+        for name, array in constants[0].items():
+            np.testing.assert_array_equal(array, constants[1][name])
