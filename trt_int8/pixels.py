@@ -59,7 +59,8 @@ def decode(file: Path) -> Image.Image:
         with Image.open(file) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a bad PNG is a SyntaxError
-        raise DataError(f"Cannot use the image {str(file)!r}: it cannot be decoded: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise DataError(f"Cannot use the image {str(file)!r}: it cannot be decoded: {reason}.") from error
     if image.mode.startswith(("I", "F")):
         raise DataError(
             f"Cannot use the image {str(file)!r}: its pixels have Pillow's mode {image.mode!r}; expected 8 bits per "
