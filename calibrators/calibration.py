@@ -431,7 +431,7 @@ def _input_statistics_from_json(values: Mapping[str, Any]) -> Inputs:
 
 
 def _fingerprint_from_json(values: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(
+    found = Fingerprint(
         graph=str(values["graph"]),
         weights=str(values["weights"]),
         data=tuple(str(part) for part in values["data"]),
@@ -440,3 +440,6 @@ def _fingerprint_from_json(values: Mapping[str, Any]) -> Fingerprint:
         batches=int(values["batches"]),
         samples=int(values["samples"]),
     )
+    if found.batches < 1 or found.samples < 1:
+        raise ValueError(f"it counts {found.batches} batches and {found.samples} samples")
+    return found

@@ -65,7 +65,10 @@ class Convergence:
         if self.since is None:
             return f"{self.batches} batch says nothing about whether the scales have settled; give more data"
         if not self.moving:
-            return f"no scale has moved by more than {100 * TOLERANCE:.0f} % since batch {self.since} ({self.method})"
+            return (
+                f"no scale has moved by more than {100 * TOLERANCE:.0f} % over the last doubling, since batch "
+                f"{self.since} ({self.method})"
+            )
         listed = [f"{name} by {100 * part:.1f} %" for name, part in list(self.moving.items())[:_LISTED]]
         more = f" and {len(self.moving) - _LISTED} more" if len(self.moving) > _LISTED else ""
         return (

@@ -57,6 +57,10 @@ class LinearHistogram:
     width: float
 
 
+_MOST_VALUES = 2**61
+"""More than any calibration counts: two such histograms can be added without an overflow."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MagnitudeHistogram:
     """How large a tensor's values were over a calibration set; exact, and immutable.
@@ -88,6 +92,7 @@ class MagnitudeHistogram:
             and (np.diff(self.bins, prepend=-1) > 0).all()
             and (self.counts > 0).all()
             and 0 <= self.zeros <= in_bin_0
+            and self.counts.sum(dtype=np.float64) < _MOST_VALUES
             and self.nonfinite >= 0
             and -np.inf < self.minimum <= self.maximum < np.inf
             and int(bins_of(np.array(self.amax))) == top_bin

@@ -241,7 +241,7 @@ def _check(
         raise CalibrationError(
             f"{what}: it lacks the scales of {len(missing)} of the {wanted} tensors that Q/DQ needs: "
             f"{_listed(shown, quote=False)}.{lacks} Name them with --rename CACHE=GRAPH, leave the nodes that read "
-            "them float with --allow-missing, or calibrate the model."
+            "them float with --allow-missing, which lists all names, or calibrate the model."
         )
 
 

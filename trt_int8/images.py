@@ -2,8 +2,8 @@
 
 Resize, centre crop, scale to 0..1 and normalize follow torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize`
 step by step, on Pillow as there, so that a model sees in calibration what it saw in training. Like torchvision's
-`ImageFolder`, the EXIF orientation is not applied. Images are decoded in threads ahead of the model, a bounded number
-of them, and come in the order of the files.
+`ImageFolder`, the EXIF orientation is not applied. Images are decoded ahead of the model (`trt_int8.decoding`), a
+bounded number of them, and come in the order of the files.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from calibrators.protocols import Array
+from trt_int8.decoding import decode_ahead
 from trt_int8.errors import ConfigError, DataError
 from trt_int8.feeds import describe
-from trt_int8.read_ahead import map_ahead
+from trt_int8.pixels import PixelSteps, preprocess
 from trt_int8.settings import Number, PositiveInt, Section
 from trt_int8.streams import BatchStream, DataOptions, RawBatch, hash_files
 
@@ -85,23 +86,12 @@ class Preprocessing(Section):
         Returns:
             shape (channels, height, width), or (height, width, channels) for NHWC, of `dtype`.
         """
-        image = image.convert("L" if self.color == "L" else "RGB")
-        image = _center_crop(_resize(image, self.resize, self.interpolation), self.crop)
-        pixels = np.asarray(image).reshape(image.height, image.width, -1)
-        if self.color == "BGR":
-            pixels = pixels[:, :, ::-1]
-        if self.layout == "NCHW":
-            pixels = pixels.transpose(2, 0, 1)
-        if self.dtype == "uint8":
-            return np.ascontiguousarray(pixels)
-        channels_last = (-1,) if self.layout == "NHWC" else (-1, 1, 1)
-        values = pixels.astype(np.float32, order="C")
-        values *= np.float32(self.scale)
-        if self.mean:
-            values -= np.array(self.mean, np.float32).reshape(channels_last)
-        if self.std:
-            values /= np.array(self.std, np.float32).reshape(channels_last)
-        return values.astype(self.dtype, copy=False)
+        return preprocess(image, self.steps)
+
+    @property
+    def steps(self) -> PixelSteps:
+        """The settings as the processes that decode take them."""
+        return PixelSteps(**self.model_dump())
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +155,7 @@ def image_stream(folder: Path, images: Sequence[LabelledImage], options: DataOpt
     starts = range(0, len(chosen), size)
 
     def read() -> Iterator[RawBatch]:
-        _load_plugins()
-        decoded = map_ahead(lambda image: preprocessing.apply(decode(image.file)), chosen)
+        decoded = decode_ahead([image.file for image in chosen], preprocessing.steps, first=size)
         for index, start in enumerate(starts):
             part = chosen[start : start + size]
             where = f"batch {index} of {str(folder)!r}"
@@ -195,17 +184,6 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _load_plugins() -> None:
-    """Load Pillow's plugins before threads open images.
-
-    Left to itself Pillow loads the rarer ones when no other takes a file. A thread that comes to that point just after
-    another one has loaded them is told that there is nothing more to load, and gives its image up.
-    """
-    from PIL import Image
-
-    Image.init()
-
-
 def _stack(images: Sequence[LabelledImage], arrays: Sequence[Array], where: str) -> Array:
     for image, array in zip(images, arrays, strict=True):
         if array.shape != arrays[0].shape:
@@ -214,56 +192,3 @@ def _stack(images: Sequence[LabelledImage], arrays: Sequence[Array], where: str)
                 f"{arrays[0].shape}; a batch needs one size. Set crop, or resize to [height, width]."
             )
     return np.stack(arrays)
-
-
-def decode(file: Path) -> Image.Image:
-    """Decode an image file of 8 bits per channel.
-
-    Raises:
-        DataError: the file is no image, is damaged, or has deeper pixels.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a bad PNG is a SyntaxError
-        raise DataError(f"Cannot use the image {str(file)!r}: it cannot be decoded: {error}.") from error
-    if image.mode.startswith(("I", "F")):
-        raise DataError(
-            f"Cannot use the image {str(file)!r}: its pixels have Pillow's mode {image.mode!r}; expected 8 bits per "
-            "channel. Convert it, or write a function that yields arrays."
-        )
-    return image
-
-
-def _resize(image: Image.Image, size: Size | None, interpolation: str) -> Image.Image:
-    """Resize as torchvision does: one length is that of the shorter side, and the longer one is cut to an integer."""
-    from PIL import Image
-
-    if size is None:
-        return image
-    if isinstance(size, tuple):
-        height, width = size
-    elif image.width <= image.height:
-        height, width = int(size * image.height / image.width), size
-    else:
-        height, width = size, int(size * image.width / image.height)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling[interpolation.upper()])
-
-
-def _center_crop(image: Image.Image, size: Size | None) -> Image.Image:
-    """Cut the centre as torchvision does; what lies outside of a smaller image is 0 before scaling."""
-    if size is None:
-        return image
-    height, width = size if isinstance(size, tuple) else (size, size)
-    left = _offset(image.width, width)
-    top = _offset(image.height, height)
-    return image.crop((left, top, left + width, top + height))
-
-
-def _offset(length: int, crop: int) -> int:
-    # torchvision rounds half to even when it cuts and rounds down when it pads in front.
-    return round((length - crop) / 2) if length >= crop else -((crop - length) // 2)

@@ -153,8 +153,17 @@ def _called(function: Any, name: str, options: DataOptions) -> BatchStream:
             "expected a function without arguments that returns the batches."
         )
 
+    given: list[Iterator[Any]] = []
+
     def read() -> Iterator[RawBatch]:
         batches = function()
+        if any(batches is earlier for earlier in given):
+            raise DataError(
+                f"Cannot use {name} for more than one pass: it returned the iterator that it had returned before, "
+                "which is used up. Let it make a new one at each call, or return a list."
+            )
+        if isinstance(batches, Iterator):
+            given[:] = [batches]
         if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
             raise DataError(
                 f"Cannot use {name}: it returned a {type(batches).__name__}; "

@@ -1,8 +1,7 @@
 """Work on the data that is done in threads while the model runs on what came before; order and values stay the same.
 
-Threads, because what takes the time here gives the GIL away: Pillow while it decodes and resizes, numpy while it
-converts, zlib, the hash, the file system. Processes would have to hand every array over, which costs a large part of
-what decoding it does, would take most of a second to start, and would outlive a killed parent.
+Most of what takes the time here gives the GIL away: zlib, the hash, numpy while it converts, the file system, and
+processes that work in a thread's stead (`trt_int8.decoding`).
 """
 
 from __future__ import annotations
@@ -18,12 +17,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST_THREADS = 32
-"""More gain nothing: by then the moments in which they hold the GIL add up to all of the time."""
+"""Of `map_ahead`. What takes their results, one after the other, is slower than so many by far."""
 
 
 def usable_cores() -> int:
     """Return the number of hardware threads that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def thread_count() -> int:
+    """Return in how many threads `map_ahead` works."""
+    return min(usable_cores(), _MOST_THREADS)
 
 
 def one_ahead(items: Generator[Item]) -> Generator[Item]:
@@ -62,7 +66,7 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
         function: must be safe to call from several threads at once.
         items: read in the caller's thread.
     """
-    threads = min(usable_cores(), _MOST_THREADS)
+    threads = thread_count()
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
     pending: deque[Future[Result]] = deque()
     try:

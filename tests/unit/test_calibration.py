@@ -500,6 +500,8 @@ def test_contradictions_inside_are_refused(tmp_path: Path) -> None:
         {"header": header(**{**text, "fingerprint": {}})},
         {"header": header(**{**text, "fingerprint": "g1"})},
         {"header": header(**{**text, "fingerprint": {**text["fingerprint"], "samples": "many"}})},
+        {"header": header(**{**text, "fingerprint": {**text["fingerprint"], "batches": -5}})},
+        {"header": header(**{**text, "fingerprint": {**text["fingerprint"], "samples": 0}})},
         {"header": header(**{**text, "input_shapes": ["x"]})},
         {"header": header(**{**text, "input_shapes": {"x": [[4, 3], 2]}})},
         {"header": header(**{**text, "input_shapes": {"x": [[["four"], 2]]}})},

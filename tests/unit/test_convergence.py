@@ -59,7 +59,7 @@ def test_settled_scales() -> None:
 
     assert verdict is not None
     assert verdict.stable
-    assert str(verdict) == "no scale has moved by more than 1 % since batch 4 (entropy)"
+    assert str(verdict) == "no scale has moved by more than 1 % over the last doubling, since batch 4 (entropy)"
 
 
 def test_moving_scales_are_named_with_the_worst_first() -> None:

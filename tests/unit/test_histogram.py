@@ -129,6 +129,7 @@ def test_a_histogram_can_be_sent_to_another_process() -> None:
         {"bins": np.array([-1, 0, 131072], dtype=np.int32)},
         {"counts": np.array([1, 0, 1])},
         {"counts": np.array([1, -1, 1])},
+        {"counts": np.array([1, 2**61, 1])},
         {"zeros": 2},
         {"zeros": -1},
         {"nonfinite": -1},
@@ -138,7 +139,7 @@ def test_a_histogram_can_be_sent_to_another_process() -> None:
     ],
 )
 def test_numbers_that_contradict_each_other_are_refused(change: dict[str, object]) -> None:
-    """Bins that do not ascend, empty bins, more zeros than bin 0 holds, extremes outside the last bin."""
+    """Bins that do not ascend, empty bins, too many values, more zeros than bin 0 holds, wrong extremes."""
     good = histogram_of(np.array([0.0, 1.0, 2.0]))
 
     with pytest.raises(ValueError, match="contradict"):

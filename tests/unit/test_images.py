@@ -10,7 +10,8 @@ from calibrators.protocols import Array
 from engines.runner import TensorSpec
 from trt_int8.data import open_data
 from trt_int8.errors import ConfigError, DataError
-from trt_int8.images import Preprocessing, decode, find_images, is_image_folder
+from trt_int8.images import Preprocessing, find_images, is_image_folder
+from trt_int8.pixels import decode
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

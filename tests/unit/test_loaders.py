@@ -228,6 +228,20 @@ class TestEntryPoint:
         with pytest.raises(DataError, match=r"it returned a dict; expected one batch after the other"):
             list(open_data(f"{tmp_path}/mine.py:batches", [X]))
 
+    def test_an_iterator_that_is_returned_again_is_refused(self, tmp_path: Path) -> None:
+        """A second pass would find it used up; generators that are made anew are different ones."""
+        (tmp_path / "mine.py").write_text(
+            "import numpy as np\nonce = iter([np.zeros((1, 2), np.float32)] * 3)\n"
+            "def batches():\n    return once\n\ndef anew():\n    yield np.zeros((1, 2), np.float32)\n"
+        )
+        source = open_data(f"{tmp_path}/mine.py:batches", [X])
+        assert len(list(source)) == 3
+
+        with pytest.raises(DataError, match=r"for more than one pass: it returned the iterator that it had returned"):
+            list(source)
+        anew = open_data(f"{tmp_path}/mine.py:anew", [X])
+        assert [len(list(anew)), len(list(anew))] == [1, 1]
+
     def test_missing_file_is_named(self, tmp_path: Path) -> None:
         """A file that is not there is a matter of the path, not of the import."""
         with pytest.raises(FileAccessError, match=r"no file '.*mine\.py'"):

@@ -16,7 +16,8 @@ from engines.runner import TensorSpec
 from trt_int8 import read_ahead
 from trt_int8.data import BatchSource, DataSpec, open_data
 from trt_int8.errors import DataError
-from trt_int8.images import Preprocessing, decode
+from trt_int8.images import Preprocessing
+from trt_int8.pixels import decode
 from trt_int8.read_ahead import map_ahead, one_ahead
 from trt_int8.streams import BatchStream, RawBatch
 

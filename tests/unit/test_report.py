@@ -360,7 +360,7 @@ def test_scales_that_have_settled_are_said_to(run: Path) -> None:
     """Of the delivered method."""
     _, page = _with_history(run, (256, 512, 1000), {"r2": (1.5, 1.001, 1.0)})
 
-    assert "No scale has moved by more than 1 % since batch 512 (entropy)." in page.text
+    assert "No scale has moved by more than 1 % over the last doubling, since batch 512 (entropy)." in page.text
 
 
 def test_one_batch_draws_no_curve(run: Path) -> None:
