@@ -8,9 +8,11 @@ whole, and so are the values to the bit.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,8 @@ from engines.onnxrt import make_session
 
 if TYPE_CHECKING:
     import onnxruntime
+
+_log = logging.getLogger(__name__)
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
 """Of the operators of ONNX Runtime that compute in blocks of channels."""
@@ -100,9 +104,32 @@ def open_pieces(model: onnx.ModelProto, folder: Path, sizes: Mapping[str, int], 
         file = folder / f"piece_{number}.onnx"
         file.write_bytes(proto.SerializeToString())
         known.update(outputs)
-        session = make_session(file, execution="exact", threads=threads)
+        session = make_session(file, execution="exact", threads=threads, settings=_shared_arena())
         pieces.append(Piece(session, tuple(inputs), tuple(outputs), frozenset(known & later)))
     return pieces
+
+
+@cache
+def _shared_arena() -> Mapping[str, str]:
+    """Return what makes a session take its memory from one arena of the process.
+
+    An arena of its own would keep, for each piece, what the piece needed at most, for each thread that ran it at the
+    same time as others; one arena for all is as large as what is in use at a time.
+    """
+    import onnxruntime
+
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    # Grown by what is asked for, not by doubling.
+    arena = onnxruntime.OrtArenaCfg(
+        {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": 2**20, "max_dead_bytes_per_chunk": -1}
+    )
+    try:
+        onnxruntime.create_and_register_allocator(memory, arena)
+    except Exception as error:  # ONNX Runtime raises its own classes, which share no base
+        _log.debug("the process has an arena of its own already, or can have none: %s", error)
+    return {"session.use_env_allocators": "1"}
 
 
 def tensor_sizes(graph: onnx.GraphProto) -> dict[str, int]:
