@@ -175,7 +175,8 @@ def _made(name: str, folder: Path, modelopt: str | None) -> list[Variant]:
     if modelopt is not None:
         prepared = folder / "prepared" / "model.onnx"
         prepared.parent.mkdir()
-        save_model(prepare(source).proto, prepared)
+        graph = prepare(source)
+        save_model(graph.proto, prepared)
         output = folder / "ModelOpt.onnx"
         fault = quantize_all(modelopt, [Job(prepared, calibration_batches, output)], prepared.parent).faults[output]
         if fault is not None:

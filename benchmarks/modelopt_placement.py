@@ -157,7 +157,8 @@ def _cases(paths: Sequence[Path], only: str, folder: Path) -> Iterator[Case]:
     for name, path, inputs in made:
         ready, ours, theirs = (folder / f"{name}.{kind}.onnx" for kind in ("prepared", "ours", "modelopt"))
         try:
-            save_model(prepare(path).proto, ready)
+            prepared = prepare(path)
+            save_model(prepared.proto, ready)
         except TrtInt8Error as error:
             print(f"{name}: {error}")
             continue

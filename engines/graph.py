@@ -58,6 +58,8 @@ PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
+_SCRATCH = "trt_int8.scratch"
+
 _IrModel: TypeAlias = ir.Model
 
 
@@ -81,7 +83,9 @@ class PreparedModel:
 
     def ir(self) -> ir.Model:
         """Return a copy of the model in onnx-ir's form; editing it leaves this object alone."""
-        return ir.from_proto(self.proto)
+        model = ir.from_proto(self.proto)
+        model.meta[_SCRATCH] = self.scratch  # it refers to the file
+        return model
 
     def replaced(self, model: _IrModel) -> PreparedModel:
         """Return another graph in place of this one, with hashes of its own."""

@@ -75,21 +75,21 @@ def open_pieces(model: onnx.ModelProto, folder: Path, sizes: Mapping[str, int], 
         ModelError: ONNX Runtime refuses a piece.
     """
     graph = model.graph
-    wanted = [value.name for value in graph.output]
+    handed_out = {value.name for value in graph.output}
     types = _types(graph)
-    parts = _cut(graph, set(wanted), sizes, types)
+    parts = _cut(graph, handed_out, sizes, types)
     constants = {weight.name: weight for weight in graph.initializer}
     read_in = [{name for node in nodes for name in node.input if name} for nodes in parts]
+    last_read = {name: number for number, names in enumerate(read_in) for name in names}
     pieces = []
-    known: set[str] = set()
+    carried: set[str] = set()
     for number, nodes in enumerate(parts):
         made = [name for node in nodes for name in node.output if name]
         read = read_in[number]
-        later = set().union(*read_in[number + 1 :])
         # A part that was not cut reads what nested graphs read, too.
         inputs = [value.name for value in graph.input if value.name not in constants] if len(parts) == 1 else []
         inputs += sorted(read - set(made) - constants.keys() - set(inputs))
-        outputs = [name for name in made if name in later or name in wanted]
+        outputs = [name for name in made if last_read.get(name, -1) > number or name in handed_out]
         own = constants.values() if len(parts) == 1 else [constants[name] for name in sorted(read & constants.keys())]
         part = helper.make_graph(
             nodes,
@@ -103,9 +103,9 @@ def open_pieces(model: onnx.ModelProto, folder: Path, sizes: Mapping[str, int], 
         )
         file = folder / f"piece_{number}.onnx"
         file.write_bytes(proto.SerializeToString())
-        known.update(outputs)
+        carried = {name for name in (*carried, *outputs) if last_read.get(name, -1) > number}
         session = make_session(file, execution="exact", threads=threads, settings=_shared_arena())
-        pieces.append(Piece(session, tuple(inputs), tuple(outputs), frozenset(known & later)))
+        pieces.append(Piece(session, tuple(inputs), tuple(outputs), frozenset(carried)))
     return pieces
 
 
