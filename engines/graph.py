@@ -105,7 +105,7 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     of a model of more than 32 MiB are moved to a temporary file, so that none of the tools copies them.
 
     Raises:
-        FileAccessError: missing or unreadable file, or external data that is missing.
+        FileAccessError: missing or unreadable file, external data that is missing, or no room for temporary files.
         ModelError: not an ONNX model, or one that the checker refuses.
         UnsupportedModelError: an operator that is unknown or cannot be raised to a newer opset, or an input or output
             that is no tensor.
@@ -291,6 +291,8 @@ def _simplified(
     try:
         with quiet():
             simple = simplify(model, None if keep is None or beyond else keep.take)
+    except FileAccessError:
+        raise
     except Exception as error:  # onnxslim and the inference raise whatever their parsers meet
         line = " ".join(str(error).split())[:300]
         raise ModelError(

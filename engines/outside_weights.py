@@ -23,6 +23,7 @@ import onnx.external_data_helper
 import onnx.helper
 import onnx_ir as ir
 
+from calibrators.errors import FileAccessError
 from engines.errors import ModelError
 
 OUTSIDE_BYTES = 2**20
@@ -227,16 +228,23 @@ class Spill:
 
     def _write(self, content: bytes | memoryview) -> tuple[Path, int]:
         """Append to the file; equal contents have the same place, so that descriptions tell what is equal."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="trt-int8-")).resolve()
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        file = self._folder / "weights"
         digest = hashlib.sha256(content).digest()
-        if digest not in self._places:
-            with file.open("ab") as stream:
-                stream.write(b"\0" * (-stream.tell() % 64))
-                self._places[digest] = stream.tell()
-                stream.write(content)
+        try:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="trt-int8-")).resolve()
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            file = self._folder / "weights"
+            if digest not in self._places:
+                with file.open("ab") as stream:
+                    stream.write(b"\0" * (-stream.tell() % 64))
+                    place = stream.tell()
+                    stream.write(content)
+                self._places[digest] = place
+        except OSError as error:
+            raise FileAccessError(
+                f"Cannot keep the weights of the model in a temporary file: {error}. They take as much room as the "
+                "model's own file; name a folder that has it by the environment variable TMPDIR."
+            ) from error
         return file, self._places[digest]
 
 

@@ -268,6 +268,19 @@ class TestSpilledModels:
         gc.collect()
         assert not folder.exists()
 
+    def test_a_full_temporary_folder_is_told_of(
+        self, graph_builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With what the system says, and the way out."""
+        onnx.save(drawn(graph_builder), tmp_path / "m.onnx")
+
+        def full(**_: Any) -> str:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("engines.outside_weights.tempfile.mkdtemp", full)
+        with pytest.raises(FileAccessError, match=r"No space left on device.*TMPDIR"):
+            prepare(tmp_path / "m.onnx")
+
     def test_equal_weights_have_one_place(self, graph_builder: Any, tmp_path: Path) -> None:
         """So that the simplifier sees that two products are one, as it does in memory."""
         graph = graph_builder(1)
