@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -210,5 +210,6 @@ def _start(workers: Sequence[_Worker], steps: PixelSteps) -> subprocess.Popen[by
         )
     job = pickle.dumps(Job(steps, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES))
     for worker in workers:
-        worker.send_job(job)
+        with suppress(OSError):  # it has ended already, which is found out when it is asked for an image
+            worker.send_job(job)
     return process
