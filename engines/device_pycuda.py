@@ -37,6 +37,7 @@ class PycudaDevice(Device):
         self._pinned: dict[int, Any] = {}
         self._events: list[Any] = []
         self._modules: list[Any] = []
+        self._functions: list[Any] = []
         try:
             primary = require("pycuda.autoprimaryctx", "use the GPU through pycuda")
         except (self._driver.Error, RuntimeError) as error:  # RuntimeError: pycuda found no device
@@ -98,7 +99,7 @@ class PycudaDevice(Device):
     def launch(self, kernel: Kernel, blocks: int, threads: int, *arguments: int) -> None:
         """Queue a run of a kernel."""
         with self._errors():
-            cast("Any", kernel)(
+            self._functions[cast("int", kernel)](
                 *map(np.uint64, arguments), grid=(blocks, 1), block=(threads, 1, 1), stream=self._stream
             )
 
@@ -145,7 +146,8 @@ class PycudaDevice(Device):
         except self._driver.Error:
             # After an illegal access every call fails, the releases too: the context is lost, and what broke it was
             # reported where it was found. pycuda would print two lines for each.
-            _keep_forever((*self._memory.values(), *self._pinned.values(), *self._events, *self._modules, self._stream))
+            _keep_forever((*self._memory.values(), *self._pinned.values(), *self._events, *self._modules))
+            _keep_forever((*self._functions, self._stream))
         else:
             for memory in (*self._memory.values(), *self._pinned.values()):
                 with suppress(self._driver.Error):
@@ -153,6 +155,7 @@ class PycudaDevice(Device):
         self._memory.clear()
         self._pinned.clear()
         self._events.clear()
+        self._functions.clear()
         self._modules.clear()
         del self._stream
         if self._context is not None:
@@ -168,7 +171,10 @@ class PycudaDevice(Device):
         with self._errors():
             module = self._driver.module_from_buffer(image)
             self._modules.append(module)
-            return Kernel(module.get_function(name))
+            # A function keeps its module, which has to end with the device and in its thread: so it is not handed out.
+            # What holds a kernel may be collected later, by another thread, in which the context is not current.
+            self._functions.append(module.get_function(name))
+        return Kernel(len(self._functions) - 1)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -186,6 +189,24 @@ def test_memory_comes_back(device: Device) -> None:
     assert device.memory()[0] <= before - 2 * COUNTER_BYTES
     histograms.free()
     assert device.memory()[0] == before
+
+
+@pytest.mark.pycuda
+def test_what_is_left_of_a_closed_device_ends_in_any_thread() -> None:
+    """Garbage is collected by whichever thread has it; pycuda warns of a module that ends without its context."""
+    device = open_device("pycuda")
+    left = [DeviceHistograms(device, ["a"])]
+    left[0].free()
+    device.close()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        thread = Thread(target=left.clear)
+        thread.start()
+        thread.join()
+        gc.collect()
+
+    assert not caught
 
 
 def test_a_program_that_does_not_compile_says_where(device: Device) -> None:
