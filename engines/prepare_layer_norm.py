@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibrators.protocols import Array
+from engines.free_names import FreeNames
 
 AXIS = -1
 
@@ -39,8 +40,8 @@ def join_layer_norms(model: ir.Model) -> int:
         How many there were.
     """
     graph = model.graph
-    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
-    taken.update(value.name for node in graph for value in node.outputs)
+    made = (value for node in graph for value in node.outputs)
+    names = FreeNames(value.name for value in (*graph.inputs, *graph.initializers.values(), *made))
     count = 0
     for node in list(graph):
         found = _normalization(node)
@@ -54,11 +55,7 @@ def join_layer_norms(model: ir.Model) -> int:
         inputs = [found.data]
         for part, array in constants.items():
             if array is not None:
-                name = f"{last.outputs[0].name}_{part}"
-                while name in taken:
-                    name += "_"
-                taken.add(name)
-                inputs.append(_initializer(graph, name, array))
+                inputs.append(_initializer(graph, names.take(f"{last.outputs[0].name}_{part}"), array))
         joined = ir.node("LayerNormalization", inputs, {"axis": AXIS, "epsilon": found.epsilon}, name=last.name)
         joined.outputs[0].type, joined.outputs[0].shape = last.outputs[0].type, last.outputs[0].shape
         ir.convenience.replace_nodes_and_values(graph, last, [last], [joined], last.outputs, joined.outputs)

@@ -8,8 +8,7 @@ leaves the graph objects of each round, which hold all weights, to the garbage c
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from onnxslim.third_party.onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxslim.utils import TensorInfo, init_logging, update_outputs_dims
 
 from calibrators.protocols import Array
+from engines.garbage import garbage_collection_off
 from engines.outside_weights import hide_outside, is_outside, read_inside, restore_outside
 
 _MOST_ROUNDS = 10
@@ -46,7 +46,7 @@ def slim(model: onnx.ModelProto, take: Callable[[onnx.ModelProto], onnx.ModelPro
     init_logging(verbose=False)
     lengths = {info.name: info.shape for info in map(TensorInfo, model.graph.output)}
     before: object = None
-    with _collecting_at_the_end():
+    with garbage_collection_off():
         for _ in range(_MOST_ROUNDS):
             optimised = _optimised(model)
             gc.collect(0)  # the graph objects, which refer to each other and to the weights; all of them are young
@@ -150,15 +150,3 @@ def _structure(model: onnx.ModelProto) -> object:
             if value.name not in boundary
         },
     )
-
-
-@contextmanager
-def _collecting_at_the_end() -> Iterator[None]:
-    """Keep the garbage collector from walking through hundreds of thousands of objects that are in use."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

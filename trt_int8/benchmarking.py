@@ -12,6 +12,7 @@ weights. Python's garbage collector is off meanwhile.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from calibrators.protocols import Batch, Track, untracked
+from engines.garbage import garbage_collection_off
 from engines.gpu_monitor import GpuMonitor
 from engines.runner import Runner
 from engines.trt_runner import TensorRTRunner
@@ -27,7 +29,7 @@ from trt_int8.errors import ConfigError, DataError, DeviceError, MissingDependen
 from trt_int8.feeds import batch_input, describe
 from trt_int8.gpu_timing import EngineStopwatch, GpuFigures
 from trt_int8.machine import describe_machine
-from trt_int8.stopwatch import Clock, HostStopwatch, Stopwatch, Timed, Times, garbage_collection_off
+from trt_int8.stopwatch import Clock, HostStopwatch, Stopwatch, Timed, Times
 from trt_int8.timing import NO_VERDICT, estimate_speedup, summarize
 from trt_int8.timing_warnings import clock_warnings, engine_warnings, shape_warnings, spread_warnings
 
@@ -90,6 +92,7 @@ def time_side_by_side(
     turns: list[list[Times]] = [[] for _ in runners]
     with ExitStack() as stack:
         opened = [stack.enter_context(runner) for runner in runners]
+        gc.collect()
         stack.enter_context(garbage_collection_off())
         for runner in opened:  # one that cannot run is found before any is timed
             runner.infer(used[0])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from typing import Literal, Protocol
 
@@ -99,16 +97,3 @@ def time_infer(runner: Runner, feeds: Sequence[Batch], iterations: int, clock: C
         infer(batch)
         times.append(clock() - start)
     return np.array(times, dtype=np.int64)
-
-
-@contextmanager
-def garbage_collection_off() -> Iterator[None]:
-    """Keep Python's garbage collector from falling into a timed call."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -21,7 +21,16 @@ from zoo.builder import Builder
 from zoo.inputs import Feeds, Input, calibration_batches
 from zoo.settling import settle
 
+from trt_int8.machine import read_machine
+
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+
+_AVX512 = "avx512f" in read_machine().cpu.features
+"""How values at the edge of two codes are rounded depends on the order in which a processor adds up.
+
+Where one or two probabilities near 1 hold nearly all of the signal, which few samples can do, the SQNR hangs on their
+errors alone: 42 dB on one processor, above 50 on another.
+"""
 
 Widths = Callable[[int], int]
 """Gives an axis of a weight another size."""
@@ -151,10 +160,10 @@ LIGHT = (
     _light("resnet50", Promise((53, 54), (14, 14)), _narrower(4)),
     # 49 convolutions, a Gemm.
     _light("shufflenet", Promise((48, 50), (16, 17))),
-    # 26 convolutions. Probabilities of random logits: above 50 dB with AVX2, 42 with AVX-512 and VNNI.
-    _light("squeezenet", Promise((26, 26), (38, 34)), size=128),
-    # 16 convolutions, 3 Gemms. On the CPU above 17 dB with AVX2, 15.6 with AVX-512 and VNNI.
-    _light("vgg19", Promise((16, 19), (15, 13)), _narrower(4, w4096=256, w25088=25088 // 4)),
+    # 26 convolutions.
+    _light("squeezenet", Promise((26, 26), (39 if _AVX512 else 50, 34)), size=128),
+    # 16 convolutions, 3 Gemms.
+    _light("vgg19", Promise((16, 19), (15, 13 if _AVX512 else 17)), _narrower(4, w4096=256, w25088=25088 // 4)),
     # 5 convolutions, 3 Gemms.
     _light("zfnet512", Promise((5, 8), (30, 25)), _narrower(2, w4096=256)),
 )
