@@ -174,6 +174,9 @@ def measure(name: str, folder: Path, rounds: int, threads: int, out: Output) -> 
         f"calibrate, {len(tensors)} tensors": lambda: collect(both, total=len(data)),
         f"calibrate, {len(fewer)} tensors of TensorRT's placement": lambda: collect(one, total=len(data)),
         f"ranges alone, {len(tensors)} tensors": lambda: collect(both, total=len(data), statistics="minmax"),
+        f"ranges alone, {len(fewer)} tensors of TensorRT's placement": lambda: collect(
+            one, total=len(data), statistics="minmax"
+        ),
     }
     times: dict[str, list[Times]] = {variant: [] for variant in variants}
     for run in variants.values():

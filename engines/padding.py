@@ -8,6 +8,7 @@ Where positions lie in the tensors of a graph, `engines.sequence_axes` finds.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,27 @@ class Padding:
     def __str__(self) -> str:
         """Give `mask 'attention_mask'`."""
         return f"{self.kind} {self.array!r}"
+
+    @classmethod
+    def parse(cls, text: str) -> Padding:
+        """Return the padding that gives a text.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        kind, _, quoted = text.partition(" ")
+        try:
+            array = ast.literal_eval(quoted)
+        except (ValueError, SyntaxError):
+            array = None
+        if isinstance(array, str) and kind == "mask":
+            return cls(array, "mask")
+        if isinstance(array, str) and kind == "lengths":
+            return cls(array, "lengths")
+        raise CalibrationError(
+            f"Cannot tell what padding the calibration left out: it says {text!r}; expected mask 'NAME' or lengths "
+            "'NAME'. Calibrate again."
+        )
 
 
 @dataclass(frozen=True, slots=True)

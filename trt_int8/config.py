@@ -295,16 +295,6 @@ class RunConfig(Section):
     accuracy: AccuracyConfig = Field(default=AccuracyConfig(), description="judging the models")
     output: Path | None = Field(default=None, description="folder of the results; null is runs/NAME for NAME.yaml")
 
-    @model_validator(mode="after")
-    def _check_smoothing(self) -> Self:
-        padding = self.data.padding_mask or self.data.lengths
-        if self.quantize.smooth is not None and padding is not None:
-            raise ValueError(
-                f"quantize.smooth is {self.quantize.smooth:g} and data names {padding!r} to leave padding out, which "
-                "smoothing would count: expected one of them, or a file for each batch of sequences without padding"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_sections(cls, value: Any) -> Any:

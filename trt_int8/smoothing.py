@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from calibrators.protocols import Array, Track, untracked
 from engines.activations import OnnxRuntimeActivations
 from engines.graph import PreparedModel
 from engines.onnxrt import tensor_specs
+from engines.padding import PaddedTensors, Padding
+from engines.sequence_axes import find_padding
 from engines.smoothing import SmoothingSite, smooth, smoothing_sites
 from trt_int8.data import BatchSource, DataSpec, open_data
 from trt_int8.errors import ConfigError, DataError, ModelError, UsageError
@@ -48,9 +50,9 @@ def check_smoothing(calibration: Calibration, data: DataSpec | None, alpha: floa
         The data.
 
     Raises:
-        CalibrationError: the calibration holds ranges alone.
+        CalibrationError: the calibration holds ranges alone, or does not tell what padding it left out.
         ConfigError: `alpha` is not in [0, 1].
-        UsageError: there is no data, or the calibration left padding out, which smoothing cannot.
+        UsageError: there is no data.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"smooth is {alpha:g}; expected a number from 0 to 1: 0.5 shares the difficulty evenly.")
@@ -59,11 +61,7 @@ def check_smoothing(calibration: Calibration, data: DataSpec | None, alpha: floa
             "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
             "not hold. Name the calibration data (--data)."
         )
-    if calibration.settings.get("padding"):
-        raise UsageError(
-            f"Cannot smooth after a calibration that left padding out ({calibration.settings['padding']}): the passes "
-            "of smoothing would count it. Calibrate on sequences that are not padded, a file for each batch."
-        )
+    _padding(calibration)
     for name in calibration.tensors[:1]:
         calibration.histogram(name)  # the tensors that are not smoothed keep theirs
     return data
@@ -92,7 +90,8 @@ def smooth_model(
     """Move the difficulty of normalized activations into the weights that read them; see `engines.smoothing`.
 
     The first pass finds the largest magnitude of every channel of the tensors to smooth, the second one counts the
-    smoothed tensors; all other tensors keep their statistics, since their values do not change.
+    smoothed tensors; all other tensors keep their statistics, since their values do not change. Both leave out the
+    padding that the calibration left out.
 
     Args:
         prepared: the model that was calibrated.
@@ -105,28 +104,32 @@ def smooth_model(
         track: shows the progress.
 
     Raises:
-        CalibrationError: the calibration holds ranges alone.
+        CalibrationError: the calibration holds ranges alone, or does not tell what padding it left out.
         ConfigError: `alpha` is not in [0, 1].
-        UsageError: there is no data, or the calibration left padding out, which smoothing cannot.
+        UsageError: there is no data.
         ModelError: nothing in the model can be smoothed.
-        DataError: the data hold no sample, or can be read only once.
+        DataError: the data hold no sample, can be read only once, or lack the array that tells padding.
     """
     data = check_smoothing(calibration, data, alpha)
     sites = _sites(prepared)
     kept = {name: calibration.histogram(name) for name in calibration.tensors}
+    padding = _padding(calibration)
     source = open_data(
         data,
         tensor_specs(prepared.proto)[0],
         batch_size=batch_size,
         max_batches=calibration.fingerprint.batches,
         preprocessing=preprocessing,
+        padding=padding,
     )
     source.require_rewindable("to smooth")
-    amax = _channel_amax(prepared, sites, source, threads, track)
+    amax = _channel_amax(prepared, sites, source, padding, threads, track)
     model = prepared.ir()
     factors = smooth(model, amax, alpha)
     smoothed = prepared.replaced(model)
-    counted = collect(OnnxRuntimeActivations(smoothed, list(factors), source, threads=threads), track, source.batches)
+    padded = None if padding is None else find_padding(smoothed, list(factors), padding)
+    activations = OnnxRuntimeActivations(smoothed, list(factors), source, threads=threads, padded=padded)
+    counted = collect(activations, track, source.batches)
     renewed = Calibration(
         kept | dict(counted.histograms),
         calibration.fingerprint,
@@ -140,6 +143,17 @@ def smooth_model(
     if shared:
         note += f"; {len(shared)} of them, which other nodes read too, by a Mul of its own: {_some(shared)}"
     return Smoothed(smoothed, renewed, factors, (note,))
+
+
+def _padding(calibration: Calibration) -> Padding | None:
+    """Return what tells the padding that a calibration left out; None where it left none out."""
+    told = calibration.settings.get("padding")
+    return None if told is None else Padding.parse(str(told))
+
+
+def _with_channels_last(padded: PaddedTensors) -> PaddedTensors:
+    """Keep the tensors whose last axis, that of the channels, is still the last one without the padding."""
+    return replace(padded, roles={name: roles for name, roles in padded.roles.items() if roles[-1] == "other"})
 
 
 def _some(names: Sequence[str]) -> str:
@@ -165,12 +179,16 @@ def _channel_amax(
     prepared: PreparedModel,
     sites: Sequence[SmoothingSite],
     source: BatchSource,
+    padding: Padding | None,
     threads: int | None,
     track: Track,
 ) -> dict[str, Array]:
     """Return the largest magnitude of every channel of the tensors to smooth, over all batches."""
     largest = {site.tensor: np.zeros(site.channels, np.float32) for site in sites}
-    activations = OnnxRuntimeActivations(prepared, list(largest), source, threads=threads, blocked=False)
+    padded = None if padding is None else _with_channels_last(find_padding(prepared, list(largest), padding))
+    activations = OnnxRuntimeActivations(
+        prepared, list(largest), source, threads=threads, blocked=False, padded=padded
+    )
     samples = 0
     for batch in track(activations.activations(), "smooth: channels", source.batches):
         samples += batch.samples

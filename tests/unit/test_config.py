@@ -129,10 +129,6 @@ class TestRefusals:
                 r"quantize: residual is 'float', expected tensorrt among targets",
             ),
             (
-                {"quantize": {"smooth": 0.5}, "data": {**DATA, "lengths": "n"}},
-                r": quantize\.smooth is 0\.5 and data names 'n' to leave padding out, .*: expected one of them",
-            ),
-            (
                 {"quantize": {"attention": "int8", "targets": ["cpu"]}},
                 r"quantize: attention is 'int8', expected tensorrt among targets",
             ),

@@ -400,3 +400,16 @@ def test_lengths_may_be_zero() -> None:
     real = real_positions(Padding("n", "lengths"), np.array([0, 2]), 3, "a batch")
 
     np.testing.assert_array_equal(real, [[False] * 3, [True, True, False]])
+
+
+@pytest.mark.parametrize("padding", [MASK, Padding("it's \"n\"", "lengths")])
+def test_a_text_gives_the_padding_back(padding: Padding) -> None:
+    """What a calibration's file tells is enough to leave the same out again."""
+    assert Padding.parse(str(padding)) == padding
+
+
+@pytest.mark.parametrize("text", ["", "mask", "mask 3", "lengths ['n']", "window 'n'", "mask 'n' + 'm'"])
+def test_no_other_text_does(text: str) -> None:
+    """A file may hold anything."""
+    with pytest.raises(CalibrationError, match=r"it says .*; expected mask 'NAME' or lengths"):
+        Padding.parse(text)

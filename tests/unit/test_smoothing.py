@@ -263,17 +263,49 @@ def test_on_the_command_line(transformer: Path, tmp_path: Path) -> None:
     assert "smoothed 1 normalized tensors with alpha 0.5: normed" in shown.stdout
 
 
-def test_a_calibration_without_padding_cannot_be_smoothed(transformer: Path) -> None:
-    """The passes of smoothing know no mask, and would count what the calibration left out."""
-    calibration = calibrate(transformer, DATA).annotated(settings={"padding": "mask 'mask'"})
-    with pytest.raises(UsageError, match=r"left padding out \(mask 'mask'\)"):
-        smooth_model(prepare(transformer), calibration, DATA, 0.5)
+PADDING = np.zeros(CHANNELS, np.float32)
+PADDING[2] = 1000
+"""Normalized, its third channel is larger than any real one."""
 
 
-def test_what_the_calibration_refuses_is_told_before_the_model_is_prepared(transformer: Path, tmp_path: Path) -> None:
+def padded() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give sequences of 6, 4 and 2 positions, filled up, with their lengths; and their positions packed without gaps."""
+    lengths = np.tile([6, 4, 2], len(DATA["x"]) // 3)
+    real = np.arange(6) < lengths[:, None]
+    filled = np.where(real[..., None], DATA["x"], PADDING)
+    return {"x": filled, "lengths": lengths}, {"x": DATA["x"][real].reshape(-1, 6, CHANNELS)}
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["in the normalization", "by a product of its own"])
+def test_what_the_calibration_left_out_is_left_out_again(divided: bool, transformer: Path, post_norm: Path) -> None:
+    """The factors and the statistics are those of the real positions alone."""
+    file = post_norm if divided else transformer
+    filled, packed = padded()
+    found = smooth_model(prepare(file), calibrate(file, filled, lengths="lengths"), filled, 0.5)
+    expected = smooth_model(prepare(file), calibrate(file, packed), packed, 0.5)
+    counted = smooth_model(prepare(file), calibrate(file, filled), filled, 0.5)
+
+    assert found.factors.keys() == expected.factors.keys()
+    for tensor, factors in expected.factors.items():
+        np.testing.assert_array_equal(found.factors[tensor], factors)
+        mine, theirs = found.calibration.histogram(tensor), expected.calibration.histogram(tensor)
+        np.testing.assert_array_equal(mine.bins, theirs.bins)
+        np.testing.assert_array_equal(mine.counts, theirs.counts)
+        assert counted.factors[tensor][2] > factors[2]
+
+
+def test_the_array_that_tells_padding_is_needed(transformer: Path) -> None:
+    """Data without it are not those of the calibration."""
+    filled, packed = padded()
+    calibration = calibrate(transformer, filled, lengths="lengths")
+    with pytest.raises(DataError, match="no lengths 'lengths' with one row per sample"):
+        smooth_model(prepare(transformer), calibration, packed, 0.5)
+
+
+def test_an_unknown_padding_is_told_before_the_model_is_prepared(transformer: Path, tmp_path: Path) -> None:
     """The model's file is not even looked at."""
-    calibration = calibrate(transformer, DATA).annotated(settings={"padding": "mask 'mask'"})
-    with pytest.raises(UsageError, match="left padding out"):
+    calibration = calibrate(transformer, DATA).annotated(settings={"padding": "a guess"})
+    with pytest.raises(CalibrationError, match="it says 'a guess'; expected mask 'NAME'"):
         quantize(tmp_path / "none.onnx", calibration, output=tmp_path / "q.onnx", smooth=0.5, data=DATA)
 
 
