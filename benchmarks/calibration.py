@@ -36,12 +36,11 @@ from calibrators.collector import ActivationStatistics, collect
 from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
 from engines.graph import prepare
 from engines.onnxrt import make_session
-from engines.placement_tensorrt import place_for_tensorrt
 from trt_int8.machine import read_machine
 
-BATCHES = {"resnet50": 96, "mobilenetv2": 600, "bert": 200}
-"""Batches of a round, which takes about four seconds: what a calibration does once, such as adding up the histograms of
-its threads, is to weigh as little as with the 1000 batches of a usual one."""
+BATCHES = {"resnet50": 288, "mobilenetv2": 1000, "bert": 500}
+"""Batches of a round: what a calibration does once, such as adding up the histograms of its threads, and waiting for
+the last of them, is to weigh about as little as with the 1000 batches of a usual one."""
 
 PEER_BATCHES = {"resnet50": 6, "mobilenetv2": 24, "bert": 12}
 """Batches of a peer, which takes ten to forty times as long; and then twice as many, for its memory."""
@@ -157,11 +156,10 @@ def measure(name: str, folder: Path, rounds: int, threads: int, out: Output) -> 
     whole = make_session(file, execution="native", threads=threads)
     single = make_session(file, execution="native", threads=1)
     tensors = tensors_to_calibrate(prepared)
-    placed = set(place_for_tensorrt(prepared.ir()).tensors)
+    fewer = tensors_to_calibrate(prepared, "tensorrt")
     started = time.perf_counter()
     both = OnnxRuntimeActivations(prepared, tensors, data, threads=threads)
     opening = time.perf_counter() - started
-    fewer = [tensor for tensor in tensors if tensor in placed]
     one = OnnxRuntimeActivations(prepared, fewer, data, threads=threads)
 
     def plain() -> None:
@@ -172,11 +170,9 @@ def measure(name: str, folder: Path, rounds: int, threads: int, out: Output) -> 
         f"plain, 1 x {threads} threads": plain,
         f"plain, {threads} x 1 thread": lambda: run_in_threads(single, feeds, threads),
         f"calibrate, {len(tensors)} tensors": lambda: collect(both, total=len(data)),
-        f"calibrate, {len(fewer)} tensors of TensorRT's placement": lambda: collect(one, total=len(data)),
+        f"calibrate --tensors tensorrt, {len(fewer)}": lambda: collect(one, total=len(data)),
         f"ranges alone, {len(tensors)} tensors": lambda: collect(both, total=len(data), statistics="minmax"),
-        f"ranges alone, {len(fewer)} tensors of TensorRT's placement": lambda: collect(
-            one, total=len(data), statistics="minmax"
-        ),
+        f"ranges alone, --tensors tensorrt, {len(fewer)}": lambda: collect(one, total=len(data), statistics="minmax"),
     }
     times: dict[str, list[Times]] = {variant: [] for variant in variants}
     for run in variants.values():

@@ -24,7 +24,7 @@ from engines.padding import PaddedTensors
 from engines.pair_rules_residual import residual_skips
 from engines.piece_buffers import ArraySpec, Buffers, Layout, Memory, Signature, signature_of, specs_of
 from engines.pieces import Piece, whole
-from engines.placement import root
+from engines.placement import Placement, root
 from engines.placement_cpu import place_for_cpu
 from engines.placement_options import Attention, PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
@@ -43,14 +43,17 @@ _GROUP_BYTES = 32 * 2**20
 """What the batches of a group may feed and carry between pieces together."""
 
 
+_PLACE: Mapping[str, Callable[[ir.Model], Placement]] = {"tensorrt": place_for_tensorrt, "cpu": place_for_cpu}
+
+
 def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
     """Name the tensors whose statistics are collected, in graph order.
 
     "quantized": those that a placement for either target takes a scale from, whatever options are chosen later, and the
     graph's float inputs and outputs, which cost next to nothing, bound the FP16 range and tell coordinates from scores.
     What attention products read is among them except behind a Softmax: its output, which grows with the square of the
-    sequence, is known to lie between 0 and 1. "all": every float activation, for TensorRT's implicit path, which wants
-    them all.
+    sequence, is known to lie between 0 and 1. "tensorrt", "cpu": those of one target's placement by default options,
+    which are fewer, instead. "all": every float activation, for TensorRT's implicit path, which wants them all.
 
     Raises:
         CalibrationError: nothing in the graph can be quantized, or it is quantized already.
@@ -59,7 +62,7 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
     every = float_activations(model)
     if which == "all":
         return every
-    wanted = _needed(model)
+    wanted = set(_PLACE[which](model).tensors) if which in _PLACE else _needed(model)
     if not wanted and any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
         raise CalibrationError(
             f"{str(prepared.path)!r} is quantized already: nothing that holds float weights is left in it. "

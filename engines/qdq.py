@@ -302,7 +302,8 @@ def _check_scales(placement: Placement, scales: Mapping[str, float]) -> None:
         shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CalibrationError(
             f"Cannot quantize: the calibration has no scale for {len(missing)} of {len(placement.tensors)} tensors "
-            f"({shown}). Calibrate this model again with `trt-int8 calibrate`."
+            f"({shown}). Calibrate this model again with `trt-int8 calibrate`, and without --tensors where it named "
+            "another target, or options are not the default ones."
         )
     for name in placement.tensors:
         if not np.isfinite(scales[name]) or scales[name] <= 0:

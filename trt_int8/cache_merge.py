@@ -9,6 +9,7 @@ from itertools import combinations
 
 from calibrators.calibration import Calibration
 from calibrators.errors import CalibrationError
+from trt_int8.calibration import releases
 from trt_int8.errors import UsageError
 from trt_int8.outputs import check_output
 
@@ -47,11 +48,13 @@ def merge_calibrations(
     Args:
         files: two or more calibrations of the same model with the same preprocessing, on different data.
         output: the file to write.
-        force: merge parts of the same data, too, whose samples then count twice.
+        force: merge parts of the same data, too, whose samples then count twice, and parts of different releases of
+            trt-int8.
 
     Raises:
         UsageError: fewer than two files.
-        CalibrationError: they differ in model, preprocessing or tensors, or were made from the same data.
+        CalibrationError: they differ in model, preprocessing or tensors, were made from the same data, or by different
+            releases.
         CacheFormatError: a file is no calibration.
         ConfigError: `output` is one of the files.
     """
@@ -67,6 +70,12 @@ def merge_calibrations(
                 f"Cannot merge {paths[0]!r} and {path!r}: they differ in {'; '.join(differences)}. Expected the same "
                 "model, preprocessing, tensors and statistics; calibrate the same model file on the other data."
             )
+    made_by = {part.fingerprint.tool for part in parts}
+    if len({release for tool in made_by for release in releases(tool)}) > 1 and not force:
+        raise CalibrationError(
+            f"Cannot merge: the parts were made by trt-int8 {' and '.join(sorted(made_by))}, which may count "
+            "otherwise. Calibrate all with one release, or merge all the same with --force."
+        )
     twice = _twice(paths, parts)
     if twice and not force:
         raise CalibrationError(

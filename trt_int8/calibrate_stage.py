@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from calibrators.calibration import DEFAULT_METHOD, Calibration
 from calibrators.convergence import judge
-from calibrators.errors import CacheFormatError
+from calibrators.errors import CacheFormatError, CalibrationError
 from calibrators.files import remove_leftovers
 from calibrators.protocols import Track, untracked
 from trt_int8.calibration_job import CalibrationJob
 from trt_int8.checkpoint import Checkpoint, checkpoint_beside
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +44,8 @@ def calibrate_into(
     """Calibrate and write the file.
 
     A file that is there already is kept if it is exactly what would be made: the same model, settings and data, which
-    are read for it; where it is not, what changed is said in the log. While the pass goes on, its state lies beside
-    the output (`trt_int8.checkpoint`); it is deleted when the output is written.
+    are read for it; where it is not, it stays as it is, and what changed is the error. While the pass goes on, its
+    state lies beside the output (`trt_int8.checkpoint`); it is deleted when the output is written.
 
     Args:
         output: the file.
@@ -56,10 +53,11 @@ def calibrate_into(
         method: whose convergence is reported.
         checkpoint_every: batches between two checkpoints; None writes one a minute.
         resume: go on from the state of an interrupted run, where there is one.
-        force: calibrate anew even if the file fits.
+        force: calibrate anew whatever the file holds, and replace it.
         track: shows progress.
 
     Raises:
+        CalibrationError: the file holds something else.
         TrtInt8Error: see `trt_int8.calibration.calibrate`.
         FileAccessError: the file cannot be written; the last checkpoint stays.
     """
@@ -75,19 +73,27 @@ def calibrate_into(
 
 
 def _kept(output: Path, job: CalibrationJob, track: Track) -> Calibration | None:
-    """Return the calibration that lies there if it is the one that would be made."""
+    """Return the calibration that lies there if it is the one that would be made; None where nothing lies there.
+
+    Raises:
+        CalibrationError: something else does.
+    """
     if not output.exists():
         return None
     try:
         calibration = Calibration.load(output)
-    except CacheFormatError:
-        _log.info("%s holds no calibration that can be read, and is written anew", output)
-        return None
+    except CacheFormatError as error:
+        raise CalibrationError(
+            f"Cannot calibrate into {str(output)!r}: it is there already and holds no calibration that can be read. "
+            "Name another --output, or replace it with --force."
+        ) from error
     change = job.what_changed(calibration, track)
-    if change is None:
-        return calibration
-    _log.info("%s does not fit any more, calibrating anew: %s", output, change)
-    return None
+    if change is not None:
+        raise CalibrationError(
+            f"Cannot reuse the calibration in {str(output)!r}: {change}. Name another --output, or calibrate anew in "
+            "its place with --force."
+        )
+    return calibration
 
 
 def _notes(calibration: Calibration, method: str) -> tuple[str, ...]:

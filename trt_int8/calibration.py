@@ -12,6 +12,7 @@ from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Track, untracked
 from engines.graph import PreparedModel
+from trt_int8 import __version__
 from trt_int8.calibration_backend import DEFAULT_CALIBRATION_BACKEND, CalibrationBackendChoice
 from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Tensors
 from trt_int8.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_MAX_BATCHES", "Tensors", "calibrate", "check_fits"]
+__all__ = ["DEFAULT_MAX_BATCHES", "Tensors", "calibrate", "check_fits", "releases"]
 
 
 def calibrate(
@@ -54,7 +55,8 @@ def calibrate(
         model: an ONNX file.
         data: any form of DATA: an iterable of {input name: array}, a PyTorch DataLoader, a path, or
             "package.module:callable".
-        tensors: "quantized" collects the tensors that Q/DQ takes scales from; "all" every FP32 activation.
+        tensors: "quantized" collects the tensors that Q/DQ takes scales from, for either target and whatever options;
+            "tensorrt" or "cpu" those of one target's default options, which costs less; "all" every FP32 activation.
         batch_size: samples a batch, where the data is cut here; 1 by default.
         max_batches: stop after so many batches; None takes all.
         preprocessing: how images become arrays, for image folders.
@@ -134,10 +136,10 @@ def calibrate(
 
 
 def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:
-    """Refuse a calibration that was made for another model.
+    """Refuse a calibration that was made for another model, or by another release of trt-int8.
 
     Raises:
-        CalibrationError: the graph or the weights differ from those that were calibrated.
+        CalibrationError: the graph or the weights differ from those that were calibrated, or the release differs.
     """
     fingerprint = calibration.fingerprint
     changed = [
@@ -153,3 +155,18 @@ def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:
             f"The calibration does not belong to {str(prepared.path)!r}: its {' and '.join(changed)} differ from what "
             "was calibrated. Calibrate this model, or use force (--force) to take scales by the tensors' names."
         )
+    if releases(fingerprint.tool) != releases(__version__):
+        raise CalibrationError(
+            f"The calibration of {str(prepared.path)!r} was made by trt-int8 {fingerprint.tool}, and this is "
+            f"{__version__}, which may count or place otherwise. Calibrate again, or use force (--force) to take it as "
+            "it is."
+        )
+
+
+def releases(tool: str) -> set[str]:
+    """Return the releases that made a calibration: what is corrected within one, as by 0.1.2, counts no other way.
+
+    Args:
+        tool: the `tool` of a fingerprint: versions, with commas between those of merged parts.
+    """
+    return {".".join(version.split(".")[:2]) for version in tool.split(", ")}

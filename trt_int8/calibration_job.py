@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Tensors = Literal["quantized", "all"]
+Tensors = Literal["quantized", "tensorrt", "cpu", "all"]
 
 DEFAULT_MAX_BATCHES = 1000
 

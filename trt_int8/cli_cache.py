@@ -73,7 +73,7 @@ def export(
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="A.npz B.npz ...", help="Calibrations of one model.")],
     output: Annotated[Path, typer.Option("--output", help="File to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Merge the same data twice, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Merge the same data twice, or of other releases.")] = False,
 ) -> None:
     """Merge calibrations on different data, exactly as if one pass had seen them all."""
     from trt_int8.cache_merge import merge_calibrations

@@ -28,7 +28,7 @@ from trt_int8.cli_options import (
 ModeName = Literal["static", "dynamic", "weight-only"]
 WeightsName = Literal["per-channel", "per-tensor"]
 ActivationsName = Literal["symmetric", "affine"]
-TensorsName = Literal["quantized", "all"]
+TensorsName = Literal["quantized", "tensorrt", "cpu", "all"]
 CalibrateBackend = Literal["auto", "onnxruntime", "cuda", "tensorrt"]
 SearchName = Literal["minmax", "entropy", "percentile", "mse"]
 StatisticsName = Literal["histogram", "minmax"]
@@ -104,11 +104,11 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", help="File to write.")] = Path("calibration.npz"),
     batch_size: BatchSize = None,
     max_batches: MaxBatches = 1000,
-    tensors: Annotated[TensorsName, typer.Option("--tensors", help="Which tensors.")] = "quantized",
+    tensors: Annotated[TensorsName, typer.Option("--tensors", help="For which targets.")] = "quantized",
     preprocessing: PreprocessingOption = None,
     threads: WorkersOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run was.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Calibrate anew, even if the file there fits.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate anew, whatever the file there holds.")] = False,
     checkpoint_every: Annotated[
         int | None,
         typer.Option("--checkpoint-every", metavar="BATCHES", min=1, help="Keep the state so often (default: 1/min)."),

@@ -157,8 +157,10 @@ class DataConfig(Section):
 class CalibrateConfig(Section):
     """The calibration pass."""
 
-    tensors: Literal["quantized", "all"] = Field(
-        default="quantized", description="quantized, or all: what TensorRT's implicit quantization needs"
+    tensors: Literal["quantized", "tensorrt", "cpu", "all"] = Field(
+        default="quantized",
+        description="quantized: what either target may take scales from; tensorrt or cpu: what one does by default, "
+        "which costs less; all: what TensorRT's implicit quantization needs",
     )
     backend: Literal["auto", "onnxruntime", "cuda", "tensorrt"] = Field(
         default="onnxruntime",
@@ -294,6 +296,30 @@ class RunConfig(Section):
     benchmark: BenchmarkConfig = Field(default=BenchmarkConfig(), description="timing")
     accuracy: AccuracyConfig = Field(default=AccuracyConfig(), description="judging the models")
     output: Path | None = Field(default=None, description="folder of the results; null is runs/NAME for NAME.yaml")
+
+    @model_validator(mode="after")
+    def _check_tensors(self) -> Self:
+        tensors, quantize = self.calibrate.tensors, self.quantize
+        if tensors not in ("tensorrt", "cpu"):
+            return self
+        others = [target for target in quantize.targets if target != tensors]
+        if others:
+            raise ValueError(
+                f"calibrate.tensors is {tensors!r} and quantize.targets holds {others[0]!r}, which takes scales from "
+                "others: expected quantized, or targets: [" + tensors + "]"
+            )
+        told = {
+            "residual": quantize.residual != "int8",
+            "attention": quantize.attention != "float",
+            "include": bool(quantize.include),
+        }
+        asked = [name for name, given in told.items() if given]
+        if asked:
+            raise ValueError(
+                f"calibrate.tensors is {tensors!r}, which serves the default options, and quantize.{asked[0]} is not "
+                "the default one: expected quantized"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

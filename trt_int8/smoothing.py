@@ -186,9 +186,7 @@ def _channel_amax(
     """Return the largest magnitude of every channel of the tensors to smooth, over all batches."""
     largest = {site.tensor: np.zeros(site.channels, np.float32) for site in sites}
     padded = None if padding is None else _with_channels_last(find_padding(prepared, list(largest), padding))
-    activations = OnnxRuntimeActivations(
-        prepared, list(largest), source, threads=threads, blocked=False, padded=padded
-    )
+    activations = OnnxRuntimeActivations(prepared, list(largest), source, threads=threads, blocked=False, padded=padded)
     samples = 0
     for batch in track(activations.activations(), "smooth: channels", source.batches):
         samples += batch.samples

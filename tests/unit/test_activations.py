@@ -68,6 +68,18 @@ class TestChoice:
         assert names == sorted(names, key=order.index)
         assert {"stem", "b1"} & set(names) == set()  # their Relu's output is what anyone quantizes
 
+    def test_one_target_takes_fewer(self, graph_builder: Any, tmp_path: Path) -> None:
+        """What its default placement asks for, and the borders; only the CPU has both inputs of an Add in INT8."""
+        graph = graph_builder()
+        trunk = graph.node("Relu", [graph.conv(graph.input("x", ("N", 32, 8, 8)), (32, 32), "stem")], "trunk")
+        total = graph.node("Relu", [graph.node("Add", [graph.conv(trunk, (32, 32), "branch"), trunk], "sum")], "total")
+        graph.conv(total, (32, 32), "y")
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+
+        assert tensors_to_calibrate(prepared) == ["x", "trunk", "branch", "total", "y"]
+        assert tensors_to_calibrate(prepared, "cpu") == ["x", "trunk", "branch", "total", "y"]
+        assert tensors_to_calibrate(prepared, "tensorrt") == ["x", "trunk", "total", "y"]
+
     def test_excluding_nodes_never_needs_a_tensor_that_was_not_calibrated(self, residual: PreparedModel) -> None:
         """Without one convolution another Add input becomes the skip; its scale is there."""
         names = set(tensors_to_calibrate(residual))

@@ -49,7 +49,7 @@ def test_unknown_words_elsewhere(tiny_model: Path) -> None:
     """So are those of the other stages."""
     wrong: Any = "some"
 
-    with pytest.raises(ConfigError, match="tensors is 'some'; expected 'quantized' or 'all'"):
+    with pytest.raises(ConfigError, match="tensors is 'some'; expected 'quantized' or 'tensorrt' or 'cpu' or 'all'"):
         calibrate(tiny_model, BATCHES, tensors=wrong)
     with pytest.raises(ConfigError, match="execution is 'some'; expected 'exact' or 'native'"):
         benchmark([tiny_model], execution=wrong)

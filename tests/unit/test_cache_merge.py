@@ -88,6 +88,21 @@ def test_what_differs_is_named(change: dict[str, Any], what: str, tmp_path: Path
     assert not (tmp_path / "both.npz").exists()
 
 
+def test_parts_of_another_release(tmp_path: Path):
+    """They are refused unless forced; a corrected release counts no other way."""
+    one = saved(tmp_path / "1.npz")
+    corrected = saved(tmp_path / "2.npz", data=("d2",), tool="0.1.7")
+    later = saved(tmp_path / "3.npz", data=("d3",), tool="0.2.0")
+    both = merge_calibrations([one, corrected], output=tmp_path / "both.npz")
+    with pytest.raises(CalibrationError, match=r"made by trt-int8 0\.1\.0, 0\.1\.7 and 0\.2\.0.*--force"):
+        merge_calibrations([tmp_path / "both.npz", later], output=tmp_path / "all.npz")
+    assert not (tmp_path / "all.npz").exists()
+    all_three = merge_calibrations([tmp_path / "both.npz", later], output=tmp_path / "all.npz", force=True)
+
+    assert both.calibration.fingerprint.tool == "0.1.0, 0.1.7"
+    assert all_three.calibration.fingerprint.tool == "0.1.0, 0.1.7, 0.2.0"
+
+
 def test_the_same_data_twice(tmp_path: Path):
     """Equal hashes of the data are refused, since samples would count twice, in parts of merged files too."""
     one = saved(tmp_path / "1.npz", data=("d1", "d2"))

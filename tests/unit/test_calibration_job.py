@@ -357,19 +357,18 @@ class TestReuse:
         calibrate_into(tmp_path / "c.npz", self.job(tiny_model, images))
         assert not calibrate_into(tmp_path / "c.npz", self.job(tiny_model, images), force=True).kept
 
-    def test_what_changed_is_said(
-        self, tiny_model: Path, tmp_path: Path, images: Images, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Data, their number, weights, settings, a merged file, a file that is none: calibrated anew each time."""
+    def test_what_changed_is_refused(self, tiny_model: Path, tmp_path: Path, images: Images) -> None:
+        """Data, their number, weights, settings, a merged file, a file that is none; --force replaces it each time."""
         output = tmp_path / "c.npz"
 
         def reason(values: Images, **options: Any) -> str:
-            caplog.clear()
-            with caplog.at_level(logging.INFO):
-                result = calibrate_into(output, self.job(tiny_model, values, **options))
-            assert not result.kept
+            before = output.read_bytes()
+            with pytest.raises(CalibrationError, match=r"Name another --output, or .* with --force\.$") as caught:
+                calibrate_into(output, self.job(tiny_model, values, **options))
+            assert output.read_bytes() == before
+            result = calibrate_into(output, self.job(tiny_model, values, **options), force=True)
             assert Calibration.load(output).sha256 == result.calibration.sha256
-            return caplog.text
+            return str(caught.value)
 
         calibrate_into(output, self.job(tiny_model, images))
         assert "the data have changed: their hash is" in reason(images + 1)

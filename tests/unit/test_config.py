@@ -132,6 +132,14 @@ class TestRefusals:
                 {"quantize": {"attention": "int8", "targets": ["cpu"]}},
                 r"quantize: attention is 'int8', expected tensorrt among targets",
             ),
+            (
+                {"calibrate": {"tensors": "tensorrt"}},
+                r"calibrate\.tensors is 'tensorrt' and quantize\.targets holds 'cpu', .*: expected quantized",
+            ),
+            (
+                {"calibrate": {"tensors": "tensorrt"}, "quantize": {"targets": ["tensorrt"], "residual": "float"}},
+                r"calibrate\.tensors is 'tensorrt', .* quantize\.residual is not the default one: expected quantized",
+            ),
             ({"quantize": {"modes": ["dynamic"]}}, r"quantize: modes is \['dynamic'\], expected static among them"),
             ({"data": {"calibration": 3}}, r"data\.calibration is 3, expected text"),
             ({"data": {}}, r"data\.calibration is missing"),

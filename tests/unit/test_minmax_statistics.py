@@ -77,7 +77,7 @@ def test_stopping_by_another_method(tiny_model: Path, images: Any) -> None:
 
 
 def test_on_the_command_line(tiny_model: Path, tmp_path: Path, images: Any) -> None:
-    """Calibrated, kept at the second call, made anew with histograms, shown, and refused by another method."""
+    """Calibrated, kept at the second call, shown, refused by another method, and replaced by histograms if forced."""
     np.savez(tmp_path / "data.npz", input=images)
     output = tmp_path / "c.npz"
     command = ["calibrate", str(tiny_model), "--data", str(tmp_path / "data.npz"), "--output", str(output)]
@@ -93,8 +93,9 @@ def test_on_the_command_line(tiny_model: Path, tmp_path: Path, images: Any) -> N
     assert CliRunner().invoke(app, [*quantized, "--method", "minmax"]).exit_code == 0
     with pytest.raises(CalibrationError, match="ranges alone"):
         CliRunner().invoke(app, quantized, catch_exceptions=False)
-    again = CliRunner().invoke(app, command)
-    assert "(kept:" not in again.output
+    with pytest.raises(CalibrationError, match="it was made with --statistics minmax, and is now histogram"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
     assert Calibration.load(output).statistics == "histogram"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from typer.testing import CliRunner
 
 from calibrators.calibration import Calibration
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY, OnnxRuntimeRunner
+from trt_int8 import __version__
 from trt_int8.api import calibrate, quantize
 from trt_int8.cli import app
-from trt_int8.errors import UsageError
+from trt_int8.errors import CalibrationError, UsageError
 from trt_int8.input_alarm import INPUTS_KEY, summary_text
 from trt_int8.placement_options import PLACEMENT_KEY
 from trt_int8.quantize_result import CALIBRATION_KEY, METHOD_KEY
@@ -101,6 +103,23 @@ def test_nodes_held_in_fp32_are_reported(large_model: Path, tmp_path: Path) -> N
     assert lines[2].startswith("fp32: n_large (Conv): calibration saw ")
     assert lines[3].startswith("fp32: n_scaled (Mul): calibration saw ")
     assert len(lines) == 4
+
+
+def test_a_calibration_of_another_release(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """It is refused unless forced; what is corrected within a release changes nothing that is counted."""
+
+    def made_by(tool: str) -> Calibration:
+        histograms = {name: calibration.histogram(name) for name in calibration.tensors}
+        return Calibration(histograms, replace(calibration.fingerprint, tool=tool))
+
+    release = __version__.rsplit(".", 1)[0]
+    output = tmp_path / "q.onnx"
+    for tool in ("0.0.9", f"{release}.0, 0.0.9"):
+        with pytest.raises(CalibrationError, match=rf"made by trt-int8 {tool}, and this is .*--force"):
+            quantize(tiny_model, made_by(tool), output=output)
+        assert not output.exists()
+    quantize(tiny_model, made_by("0.0.9"), output=output, force=True)
+    quantize(tiny_model, made_by(f"{release}.0, {release}.77"), output=output)
 
 
 def test_a_calibration_may_be_named_by_its_file(tiny_model: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ PADDING[2] = 1000
 
 
 def padded() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give sequences of 6, 4 and 2 positions, filled up, with their lengths; and their positions packed without gaps."""
+    """Give sequences of 6, 4 and 2 positions, filled up, with their lengths; and their positions without gaps."""
     lengths = np.tile([6, 4, 2], len(DATA["x"]) // 3)
     real = np.arange(6) < lengths[:, None]
     filled = np.where(real[..., None], DATA["x"], PADDING)
