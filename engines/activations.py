@@ -39,8 +39,12 @@ _LARGEST_GROUP = 8
 _MOST_SHAPES = 64
 """Shapes of batches whose arrays are known; where lengths differ that much, they hardly come again."""
 
-_GROUP_BYTES = 32 * 2**20
+_GROUP_BYTES = 16 * 2**20
 """What the batches of a group may feed and carry between pieces together."""
+
+CARRIED_BYTES = 2 * _GROUP_BYTES
+"""What a worker keeps between pieces at most, as a piece reads from one part of it and writes to another; only a batch
+that takes more alone, which is a group of its own, has more."""
 
 
 _PLACE: Mapping[str, Callable[[ir.Model], Placement]] = {"tensorrt": place_for_tensorrt, "cpu": place_for_cpu}

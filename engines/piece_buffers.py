@@ -7,6 +7,7 @@ and what is to be done with an array is prepared once: both cost a noticeable pa
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +90,8 @@ class Slot:
 class Layout:
     """Where the arrays of a group of batches of one shape lie.
 
-    What later pieces read has a place of its own for each batch of the group; all else is written over by the next
-    piece.
+    What later pieces read has a place of its own for each batch of the group until the last of them has run; all else
+    is written over by the next piece.
 
     Args:
         pieces: of the model.
@@ -113,7 +114,7 @@ class Layout:
         memory: Memory,
     ) -> None:
         carried = frozenset().union(*(piece.later for piece in pieces)) - fed
-        own = [{name: _Place(specs[name]) for name in sorted(carried)} for _ in range(group)]
+        own = [{name: _Place(specs[name]) for name in carried} for _ in range(group)]
         shared = [{name: _Place(specs[name]) for name in piece.outputs if name not in carried} for piece in pieces]
         filled = {tensor: found for tensor, found in blocked.items() if specs[found.output].shape[1] != found.channels}
         cut = [
@@ -124,7 +125,7 @@ class Layout:
             }
             for piece in pieces
         ]
-        end = _arrange([place for places in own for place in places.values()], 0)
+        end = _arrange_carried(pieces, {name: [places[name] for places in own] for name in carried})
         ends = [_arrange([*shared[k].values(), *cut[k].values()], end) for k in range(len(pieces))]
         self._room = memory.take(max(ends, default=end))
         self._fed = fed
@@ -225,6 +226,35 @@ def _arrange(places: Sequence[_Place], start: int) -> int:
         place.offset = start
         start += -(-place.spec.nbytes // _ALIGNMENT) * _ALIGNMENT
     return start
+
+
+def _arrange_carried(pieces: Sequence[Piece], places: Mapping[str, Sequence[_Place]]) -> int:
+    """Put what later pieces read where nothing lies that a piece between its maker and its last reader uses.
+
+    Args:
+        pieces: in the order in which they run, each on all batches of the group.
+        places: tensor to its places, one for each batch of the group.
+
+    Returns:
+        Where the last one ends.
+    """
+    last_read = {name: number for number, piece in enumerate(pieces) for name in piece.inputs}
+    used: list[tuple[int, int, int]] = []
+    """Where a tensor begins and ends, and the last piece that reads it, in the order of the memory."""
+    highest = 0
+    for number, piece in enumerate(pieces):
+        used = [part for part in used if part[2] >= number]
+        made = [name for name in piece.outputs if name in places]
+        for name in sorted(made, key=lambda name: -places[name][0].spec.nbytes):
+            size = _arrange(places[name], 0)
+            start = 0
+            for begin, end, _ in used:
+                if start + size <= begin:
+                    break
+                start = end
+            insort(used, (start, start + size, last_read[name]))
+            highest = max(highest, _arrange(places[name], start))
+    return highest
 
 
 def _location(array: Array) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -17,7 +17,7 @@ from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.histogram import BINS
 from calibrators.protocols import Track, untracked
-from engines.activations import tensors_to_calibrate, worker_count
+from engines.activations import CARRIED_BYTES, tensors_to_calibrate, worker_count
 from engines.graph import prepare
 from engines.histogram_kernel import COUNTER_BYTES
 from engines.memory import activation_bytes, split_tensors, weight_bytes
@@ -49,8 +49,8 @@ Tensors = Literal["quantized", "tensorrt", "cpu", "all"]
 DEFAULT_MAX_BATCHES = 1000
 
 _COUNTERS_BYTES = 4 * BINS
-_USUAL_SHARE = 0.1
-"""Of a tensor's counters, the part whose pages are ever written to."""
+_CODE_BYTES = 200 * 2**20
+"""What the libraries that prepare graphs and compile loops take, where plain inference loads ONNX Runtime alone."""
 
 _MIB = 2**20
 
@@ -231,15 +231,20 @@ class CalibrationJob:
                 f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
             )
             return passes
+        weights = weight_bytes(self._prepared)
+        carried = max(CARRIED_BYTES, exposed)
+        counters = 0 if self._statistics == "minmax" else counters
         _log.info(
-            "memory: plain inference (%.1f MiB of weights) + %d x %.1f MiB of activations for batches like the first%s "
-            "+ at most %.1f MiB of histograms, usually %.1f%s",
-            weight_bytes(self._prepared) / _MIB,
+            "memory: at most %.0f MiB above plain inference: %.0f of code + %.1f of weights in the graph + %d x (%.1f "
+            "of activations for batches like the first%s + %.1f between parts of the model) + %.1f of histograms%s",
+            (_CODE_BYTES + weights + workers * (exposed + carried) + counters) / _MIB,
+            _CODE_BYTES / _MIB,
+            weights / _MIB,
             workers,
             exposed / _MIB,
             f" + those of {unknown} tensors whose shape the graph does not tell" if unknown else "",
+            carried / _MIB,
             counters / _MIB,
-            _USUAL_SHARE * counters / _MIB,
             f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
         )
         return passes

@@ -1,8 +1,10 @@
 """Calibration of a real graph through ONNX Runtime: order, merging, memory, and inputs of every kind."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,7 +61,7 @@ def test_statistics_are_those_of_the_values(tiny_model: Path):
 
 
 MEMORY = """
-import resource, sys
+import pathlib, re, sys
 import numpy as np
 from trt_int8 import calibrate
 
@@ -69,7 +71,7 @@ def stream(count):
         yield {"input": rng.standard_normal((8, 3, 8, 8), dtype=np.float32)}
 
 calibrate(sys.argv[1], stream(int(sys.argv[2])))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 """
 
 
@@ -81,6 +83,50 @@ def test_memory_does_not_grow_with_the_batches(tiny_model: Path):
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert peak(1000) <= 1.02 * peak(50)
+
+
+PLAIN = """
+import pathlib, re, sys
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1])
+for _ in range(5):
+    session.run(None, {"input": np.zeros((1, 16, 128, 128), np.float32)})
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+BOUNDED = """
+import logging, pathlib, re, sys
+import numpy as np
+from trt_int8 import calibrate
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+rng = np.random.default_rng(0)
+calibrate(sys.argv[1], ({"input": rng.standard_normal((1, 16, 128, 128), dtype=np.float32)} for _ in range(60)))
+print(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_stays_within_the_bound_that_is_said(graph_builder: Any, tmp_path: Path):
+    """A process that calibrates takes no more than one that infers, and what the log said before the first batch.
+
+    What later layers read is kept for a group of batches, of one layer after the other and not of all 40 at once.
+    """
+    graph = graph_builder()
+    x = graph.input("input", ("N", 16, 128, 128))
+    for layer in range(40):
+        x = graph.node("Relu", [graph.conv(x, (16, 16), f"conv{layer}")], f"relu{layer}")
+    model = graph.save(tmp_path / "deep.onnx", [x])
+
+    def output(script: str) -> list[str]:
+        command = [sys.executable, "-c", script, str(model)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    *_, plain = output(PLAIN)
+    *log, peak = output(BOUNDED)
+    (said,) = re.findall(r"^memory: at most (\d+) MiB above plain inference", "\n".join(log), re.MULTILINE)
+    assert int(peak) - int(plain) <= int(said) * 1024
 
 
 @pytest.fixture

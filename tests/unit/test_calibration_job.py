@@ -272,14 +272,23 @@ class TestPasses:
 def test_the_bound_is_said_before_the_first_batch(
     tiny_model: Path, images: Images, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Weights, activations beyond plain inference for each batch at a time, 3 histograms of at most 1 MiB for each."""
+    """Activations beyond plain inference for each batch at a time, 3 histograms of at most 1 MiB for each."""
     with caplog.at_level(logging.INFO):
         calibrate(tiny_model, {"input": np.repeat(images, 20, axis=0)}, batch_size=512, threads=3)
 
     (line,) = [record.message for record in caplog.records if record.message.startswith("memory")]
     relu_and_logits = 4 * 512 * (8 * 64 + 16) / 2**20
-    assert f"+ 3 x {relu_and_logits:.1f} MiB of activations" in line
-    assert "at most 9.0 MiB of histograms, usually 0.9" in line
+    assert f"+ 3 x ({relu_and_logits:.1f} of activations for batches like the first + 32.0 between parts" in line
+    assert line.endswith("+ 9.0 of histograms")
+    assert f"at most {200 + 3 * (relu_and_logits + 32) + 9:.0f} MiB above plain inference: 200 of code" in line
+
+
+def test_ranges_take_no_histograms(tiny_model: Path, images: Images, caplog: pytest.LogCaptureFixture) -> None:
+    """Their extremes are a few bytes."""
+    with caplog.at_level(logging.INFO):
+        calibrate(tiny_model, {"input": images}, statistics="minmax")
+
+    assert "+ 0.0 of histograms" in caplog.text
 
 
 class TestConvergence:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calibrators.collector import collect
 from calibrators.protocols import Activations
@@ -16,7 +19,8 @@ from engines import activations, pieces
 from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
 from engines.blocked import channels_per_block
 from engines.graph import PreparedModel, prepare
-from engines.piece_buffers import Memory, signature_of, specs_of
+from engines.piece_buffers import ArraySpec, Memory, _arrange_carried, _Place, signature_of, specs_of
+from engines.pieces import Piece
 
 RNG = np.random.default_rng(8)
 
@@ -174,3 +178,42 @@ def test_a_memory_keeps_few_layouts() -> None:
     assert memory.find((("x", "<f4", (9,)),), 5) is None
     assert memory.take(1000).ctypes.data % 64 == 0
     assert memory.find((("x", "<f4", (9,)),), 4) is None
+
+
+@given(data=st.data(), group=st.integers(1, 3), count=st.integers(2, 9))
+def test_nothing_lies_on_what_is_still_read(data: st.DataObject, group: int, count: int) -> None:
+    """At every piece, what it makes, what it reads, and what pieces behind it read are apart.
+
+    Each piece makes up to two tensors, whose readers are drawn.
+    """
+    made = [[f"t{k}.{n}" for n in range(data.draw(st.integers(1, 2)))] for k in range(count - 1)] + [[]]
+    life = {name: (k, data.draw(st.integers(k + 1, count - 1))) for k in range(count) for name in made[k]}
+    sizes = {name: data.draw(st.integers(1, 300)) for name in life}
+    read = [tuple(name for name, (_, last) in life.items() if last == k) for k in range(count)]
+    model: Any = [Piece(None, read[k], tuple(made[k]), frozenset()) for k in range(count)]
+    places = {
+        name: [_Place(ArraySpec(np.dtype(np.uint8), (size,))) for _ in range(group)] for name, size in sizes.items()
+    }
+
+    end = _arrange_carried(model, places)
+
+    for k in range(count):
+        used = sorted(
+            (place.offset, place.offset + place.spec.nbytes)
+            for name, (first, last) in life.items()
+            if first <= k <= last
+            for place in places[name]
+        )
+        assert all(one[1] <= other[0] for one, other in pairwise(used))
+        assert all(start % 64 == 0 and stop <= end for start, stop in used)
+
+
+def test_a_chain_takes_two_places() -> None:
+    """Each piece reads one and writes the other, for a group of two batches."""
+    names = [f"t{k}" for k in range(20)]
+    model: Any = [
+        Piece(None, (name,), (after,), frozenset()) for name, after in pairwise(["x", *names])
+    ]  # nothing reads the last
+    places = {name: [_Place(ArraySpec(np.dtype(np.float32), (16,))) for _ in range(2)] for name in names[:-1]}
+
+    assert _arrange_carried(model, places) == 2 * 2 * 64
