@@ -68,8 +68,8 @@ def calibrate(
         stop_when_stable: end at 32, 64, 128, ... batches once no scale by this method has moved by more than 1 % over
             the last doubling; None reads all.
         max_memory_bytes: what the activations that are handed out for counting may take, those of all batches that are
-            run at a time together; where they take more, the tensors are shared out over several passes, with the same
-            result. None takes one pass whatever it needs.
+            run at a time together, in each worker of a Ray cluster; where they take more, the tensors are shared out
+            over several passes, with the same result. None takes one pass whatever it needs.
         checkpoint: a file that the state is written to while the pass goes on; it is deleted at the end. None keeps
             none.
         checkpoint_every: batches between two checkpoints; None writes one a minute.

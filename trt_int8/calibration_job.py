@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from calibrators.calibration import Calibration
 from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
-from calibrators.histogram import BINS
 from calibrators.protocols import Track, untracked
-from engines.activations import CARRIED_BYTES, tensors_to_calibrate, worker_count
+from engines.activations import tensors_to_calibrate, worker_count
 from engines.graph import prepare
-from engines.histogram_kernel import COUNTER_BYTES
-from engines.memory import activation_bytes, split_tensors, weight_bytes
 from engines.onnxrt import tensor_specs
 from engines.sequence_axes import find_padding
 from trt_int8 import __version__
@@ -29,6 +26,7 @@ from trt_int8.calibration_backend import (
     CalibrationBackendChoice,
     choose_calibration_backend,
 )
+from trt_int8.calibration_memory import plan_memory
 from trt_int8.calibration_pass import CalibrationPass
 from trt_int8.checkpoint import FINISHED, Checkpoint
 from trt_int8.choices import check_choice
@@ -47,12 +45,6 @@ _log = logging.getLogger(__name__)
 Tensors = Literal["quantized", "tensorrt", "cpu", "all"]
 
 DEFAULT_MAX_BATCHES = 1000
-
-_COUNTERS_BYTES = 4 * BINS
-_CODE_BYTES = 200 * 2**20
-"""What the libraries that prepare graphs and compile loops take, where plain inference loads ONNX Runtime alone."""
-
-_MIB = 2**20
 
 _NAMED = 8
 """Tensors that a note lists."""
@@ -200,62 +192,34 @@ class CalibrationJob:
             return f"the data have changed: their hash is {found[:16]} now, and was {wanted.data[0][:16]}"
         return None
 
-    def _passes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    def _passes(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
         """Share the tensors out over passes, and say how much memory they take."""
-        # What is fed takes no more memory by being counted.
-        found = activation_bytes(self._prepared, self._tensors, shapes)
-        sizes = {name: 0 if name in shapes else size for name, size in found.items()}
         on_gpu = self._backend.on_gpu
-        workers = 1 if on_gpu else worker_count(self._threads)
-        limit = self._max_memory_bytes
-        passes = [self._tensors] if limit is None else split_tensors(sizes, limit // workers)
-        if len(passes) > 1:
-            self._source.require_rewindable(f"to calibrate in {len(passes)} passes")
+        # A GPU, and each worker of a cluster in its own process, runs one batch at a time.
+        workers = 1 if on_gpu or self._cluster is not None else worker_count(self._threads)
+        plan = plan_memory(self._prepared, self._tensors, shapes, workers=workers, limit=self._max_memory_bytes)
+        if len(plan.passes) > 1:
+            self._source.require_rewindable(f"to calibrate in {len(plan.passes)} passes")
             if self._stop_when_stable is not None:
                 raise UsageError(
-                    f"Cannot stop when scales are stable in a calibration of {len(passes)} passes: none of them sees "
-                    "all tensors. Leave --stop-when-stable out, or allow more with --max-memory."
+                    f"Cannot stop when scales are stable in a calibration of {len(plan.passes)} passes: none of them "
+                    "sees all tensors. Leave --stop-when-stable out, or allow more with --max-memory."
                 )
-        exposed = max(sum(sizes[name] or 0 for name in names) for names in passes)
-        counters = workers * (COUNTER_BYTES if on_gpu else _COUNTERS_BYTES) * max(len(names) for names in passes)
-        unknown = sum(size is None for size in sizes.values())
         _log.info("calibrating by %s: %s", self._backend.name, self._backend.reason)
         if on_gpu:
-            _log.info(
-                "memory of the GPU: plain inference (%.1f MiB of weights) + %.1f MiB of activations for batches like "
-                "the first%s + %.1f MiB of histograms%s",
-                weight_bytes(self._prepared) / _MIB,
-                exposed / _MIB,
-                f" + those of {unknown} tensors whose shape the graph does not tell" if unknown else "",
-                counters / _MIB,
-                f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
-            )
-            return passes
-        weights = weight_bytes(self._prepared)
-        carried = max(CARRIED_BYTES, exposed)
-        counters = 0 if self._statistics == "minmax" else counters
-        _log.info(
-            "memory: at most %.0f MiB above plain inference: %.0f of code + %.1f of weights in the graph + %d x (%.1f "
-            "of activations for batches like the first%s + %.1f between parts of the model) + %.1f of histograms%s",
-            (_CODE_BYTES + weights + workers * (exposed + carried) + counters) / _MIB,
-            _CODE_BYTES / _MIB,
-            weights / _MIB,
-            workers,
-            exposed / _MIB,
-            f" + those of {unknown} tensors whose shape the graph does not tell" if unknown else "",
-            carried / _MIB,
-            counters / _MIB,
-            f"; in {len(passes)} passes over the data" if len(passes) > 1 else "",
-        )
-        return passes
+            _log.info("memory of the GPU: %s", plan.on_gpu())
+        else:
+            where = "" if self._cluster is None else " of each worker"
+            _log.info("memory%s: %s", where, plan.on_processor(histograms=self._statistics == "histogram"))
+        return plan.passes
 
     def _part(
-        self, names: list[str], index: int, count: int, checkpoint: Checkpoint | None, *, resume: bool
+        self, names: Sequence[str], index: int, count: int, checkpoint: Checkpoint | None, *, resume: bool
     ) -> CalibrationPass:
         kept = None if checkpoint is None else checkpoint.of_pass(index, count)
         return CalibrationPass(
             prepared=self._prepared,
-            tensors=names,
+            tensors=list(names),
             exposed=self._tensors,
             preprocessing=self._source.preprocessing,
             settings=self._settings,

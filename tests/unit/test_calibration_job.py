@@ -283,6 +283,22 @@ def test_the_bound_is_said_before_the_first_batch(
     assert f"at most {200 + 3 * (relu_and_logits + 32) + 9:.0f} MiB above plain inference: 200 of code" in line
 
 
+def test_each_worker_of_a_cluster_has_the_memory_for_itself(
+    tiny_model: Path, images: Images, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They run one batch at a time, whatever the cores of this machine."""
+
+    def passes(**options: Any) -> tuple[tuple[str, ...], ...]:
+        job = CalibrationJob(tiny_model, {"input": images}, max_memory_bytes=2500, **options)
+        return job._passes({"input": (1, 3, 8, 8)})
+
+    with caplog.at_level(logging.INFO):
+        assert len(passes(ray="local")) == len(passes(threads=1)) == 1
+    assert "memory of each worker: at most" in caplog.text
+    with pytest.raises(ModelError, match="alone takes"):
+        passes(threads=2)
+
+
 def test_ranges_take_no_histograms(tiny_model: Path, images: Images, caplog: pytest.LogCaptureFixture) -> None:
     """Their extremes are a few bytes."""
     with caplog.at_level(logging.INFO):
