@@ -184,7 +184,7 @@ OPERATOR_RULES = (
     Rule(
         "not-quantized",
         "note",
-        "TensorRT builds it in the types of the file: nothing runs in INT8.",
+        "it runs in the types of the file: nothing is computed in INT8.",
         "`trt-int8 calibrate` and `trt-int8 quantize` make an INT8 model of it.",
         "strong typing",
         nothing_quantized,
