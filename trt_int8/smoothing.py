@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -96,10 +98,10 @@ def smooth_model(
     Args:
         prepared: the model that was calibrated.
         calibration: its calibration.
-        data: what it was calibrated on, or a part of it; read twice.
+        data: what it was calibrated on, or a part of it; read twice, up to its number of samples.
         alpha: in [0, 1]: how much of the difficulty goes into the weights.
         preprocessing: of `data`, for image folders.
-        batch_size: samples per batch; see `trt_int8.data.open_data`.
+        batch_size: samples per batch, see `trt_int8.data.open_data`; None takes the calibration's.
         threads: number of batches that are run at a time; None takes one per core.
         track: shows the progress.
 
@@ -114,14 +116,7 @@ def smooth_model(
     sites = _sites(prepared)
     kept = {name: calibration.histogram(name) for name in calibration.tensors}
     padding = _padding(calibration)
-    source = open_data(
-        data,
-        tensor_specs(prepared.proto)[0],
-        batch_size=batch_size,
-        max_batches=calibration.fingerprint.batches,
-        preprocessing=preprocessing,
-        padding=padding,
-    )
+    source = _open(prepared, calibration, data, preprocessing, batch_size, padding)
     source.require_rewindable("to smooth")
     amax = _channel_amax(prepared, sites, source, padding, threads, track)
     model = prepared.ir()
@@ -154,6 +149,25 @@ def _padding(calibration: Calibration) -> Padding | None:
 def _with_channels_last(padded: PaddedTensors) -> PaddedTensors:
     """Keep the tensors whose last axis, that of the channels, is still the last one without the padding."""
     return replace(padded, roles={name: roles for name, roles in padded.roles.items() if roles[-1] == "other"})
+
+
+def _open(
+    prepared: PreparedModel,
+    calibration: Calibration,
+    data: DataSpec,
+    preprocessing: Preprocessing | None,
+    batch_size: int | None,
+    padding: Padding | None,
+) -> BatchSource:
+    """Open as much of the data as was calibrated."""
+    fingerprint = calibration.fingerprint
+    opened = partial(open_data, data, tensor_specs(prepared.proto)[0], preprocessing=preprocessing, padding=padding)
+    source = opened(batch_size=batch_size, max_batches=fingerprint.batches)
+    if source.batch_size is None or source.batch_size * fingerprint.batches >= fingerprint.samples:
+        return source
+    # In smaller batches than the calibration's, as many of them would end before its samples do.
+    size = batch_size or math.ceil(fingerprint.samples / fingerprint.batches)
+    return opened(batch_size=size, max_batches=math.ceil(fingerprint.samples / size))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -294,6 +294,19 @@ def test_what_the_calibration_left_out_is_left_out_again(divided: bool, transfor
         assert counted.factors[tensor][2] > factors[2]
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_all_samples_of_the_calibration_smooth(batch_size: int | None, transformer: Path) -> None:
+    """However they are cut into batches: the loudest sample is the last of the calibration, and others come after."""
+    x = DATA["x"].copy()
+    x[15, :, LOUD] += np.float32(50)
+    calibration = calibrate(transformer, {"x": x}, batch_size=4, max_batches=4)
+    found = smooth_model(prepare(transformer), calibration, {"x": x}, 0.5, batch_size=batch_size)
+    expected = smooth_model(prepare(transformer), calibration, [{"x": x[:16]}], 0.5)
+
+    np.testing.assert_array_equal(found.factors["normed"], expected.factors["normed"])
+    assert found.calibration.histogram("normed").count == 16 * 6 * CHANNELS
+
+
 def test_the_array_that_tells_padding_is_needed(transformer: Path) -> None:
     """Data without it are not those of the calibration."""
     filled, packed = padded()
