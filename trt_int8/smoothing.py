@@ -18,6 +18,7 @@ from engines.onnxrt import tensor_specs
 from engines.padding import PaddedTensors, Padding
 from engines.sequence_axes import find_padding
 from engines.smoothing import SmoothingSite, smooth, smoothing_sites
+from trt_int8.calibration import padding_left_out
 from trt_int8.data import BatchSource, DataSpec, open_data
 from trt_int8.errors import ConfigError, DataError, ModelError, UsageError
 from trt_int8.images import Preprocessing
@@ -63,7 +64,7 @@ def check_smoothing(calibration: Calibration, data: DataSpec | None, alpha: floa
             "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
             "not hold. Name the calibration data (--data)."
         )
-    _padding(calibration)
+    padding_left_out(calibration)
     for name in calibration.tensors[:1]:
         calibration.histogram(name)  # the tensors that are not smoothed keep theirs
     return data
@@ -115,7 +116,7 @@ def smooth_model(
     data = check_smoothing(calibration, data, alpha)
     sites = _sites(prepared)
     kept = {name: calibration.histogram(name) for name in calibration.tensors}
-    padding = _padding(calibration)
+    padding = padding_left_out(calibration)
     source = _open(prepared, calibration, data, preprocessing, batch_size, padding)
     source.require_rewindable("to smooth")
     amax = _channel_amax(prepared, sites, source, padding, threads, track)
@@ -138,12 +139,6 @@ def smooth_model(
     if shared:
         note += f"; {len(shared)} of them, which other nodes read too, by a Mul of its own: {_some(shared)}"
     return Smoothed(smoothed, renewed, factors, (note,))
-
-
-def _padding(calibration: Calibration) -> Padding | None:
-    """Return what tells the padding that a calibration left out; None where it left none out."""
-    told = calibration.settings.get("padding")
-    return None if told is None else Padding.parse(str(told))
 
 
 def _with_channels_last(padded: PaddedTensors) -> PaddedTensors:
