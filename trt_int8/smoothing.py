@@ -31,12 +31,14 @@ class Smoothed:
     Attributes:
         prepared: the model, whose answers are those of the original up to float rounding.
         calibration: the original's, with the statistics of the smoothed tensors counted anew.
-        factors: what each tensor's channels were divided by, by tensor name.
+        tensors: the tensors of the original that were smoothed.
+        factors: what each tensor's channels were divided by, by the name of what holds the quotients.
         notes: what was smoothed, and which of it by products of its own.
     """
 
     prepared: PreparedModel
     calibration: Calibration
+    tensors: tuple[str, ...]
     factors: Mapping[str, Array]
     notes: tuple[str, ...]
 
@@ -138,7 +140,7 @@ def smooth_model(
     shared = [site.tensor for site in sites if site.shared]
     if shared:
         note += f"; {len(shared)} of them, which other nodes read too, by a Mul of its own: {_some(shared)}"
-    return Smoothed(smoothed, renewed, factors, (note,))
+    return Smoothed(smoothed, renewed, tuple(tensors), factors, (note,))
 
 
 def _with_channels_last(padded: PaddedTensors) -> PaddedTensors:

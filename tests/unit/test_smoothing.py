@@ -17,7 +17,10 @@ from engines.graph import prepare
 from engines.smoothing import SMALLEST_FACTOR, smooth, smoothing_factors, smoothing_sites
 from trt_int8.api import calibrate, quantize
 from trt_int8.cli import app
+from trt_int8.config import RunConfig
 from trt_int8.errors import CalibrationError, ConfigError, DataError, UsageError
+from trt_int8.quantize_stage import quantize_all
+from trt_int8.run_plan import MODEL
 from trt_int8.smoothing import smooth_model
 
 CHANNELS = 16
@@ -313,6 +316,20 @@ def test_the_array_that_tells_padding_is_needed(transformer: Path) -> None:
     calibration = calibrate(transformer, filled, lengths="lengths")
     with pytest.raises(DataError, match="no lengths 'lengths' with one row per sample"):
         smooth_model(prepare(transformer), calibration, packed, 0.5)
+
+
+def test_a_run_names_what_it_smoothed(transformer: Path, tmp_path: Path) -> None:
+    """The calibration's own figures of these tensors are not those of the models."""
+    np.savez(tmp_path / "data.npz", **DATA)
+    sections = {"model": {"source": str(transformer)}, "data": {"calibration": str(tmp_path / "data.npz")}}
+    config = RunConfig.model_validate({**sections, "quantize": {"methods": ["mse"], "method": "mse", "smooth": 0.5}})
+    (tmp_path / MODEL).write_bytes(transformer.read_bytes())
+    calibration = calibrate(transformer, DATA)
+    held_back = str(tmp_path / "data.npz")
+
+    assert quantize_all(config, [], calibration, tmp_path, held_back=held_back)["smoothed"] == ["normed"]
+    without = config.model_copy(update={"quantize": config.quantize.model_copy(update={"smooth": None})})
+    assert quantize_all(without, [], calibration, tmp_path, held_back=held_back)["smoothed"] == []
 
 
 def test_an_unknown_padding_is_told_before_the_model_is_prepared(transformer: Path, tmp_path: Path) -> None:
