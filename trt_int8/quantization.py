@@ -26,7 +26,7 @@ from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
-from trt_int8.data import DataSpec, open_data
+from trt_int8.data import DataSpec, open_data, same_data
 from trt_int8.float_models import check_float
 from trt_int8.idle_options import idle_wishes
 from trt_int8.input_alarm import INPUTS_KEY, note_inputs, summary_text
@@ -130,6 +130,7 @@ def quantize(
             smooth=smooth is not None,
             data=data is not None,
             held_back=held_back is not None,
+            same_data=same_data(data, held_back),
             preprocessing=preprocessing is not None,
             chosen=auto is not None,
             reduce_range=reduce_range is not None,

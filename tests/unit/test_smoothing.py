@@ -351,3 +351,8 @@ def test_auto_judges_a_smoothed_model_on_data_of_its_own(transformer: Path, tmp_
     assert result.notes[0].startswith("smoothed 1 normalized tensors")
     with pytest.raises(UsageError, match="others with --held-back, which auto judges on"):
         quantize(transformer, calibration, output=tmp_path / "q.onnx", data=DATA, **wishes)
+    np.savez(tmp_path / "data.npz", **DATA)
+    same = {"data": str(tmp_path / "data.npz"), "held_back": tmp_path / ".." / tmp_path.name / "data.npz"}
+    for both in (same, {"data": DATA, "held_back": DATA}):
+        with pytest.raises(UsageError, match="others with --held-back, which auto judges on"):
+            quantize(transformer, calibration, output=tmp_path / "q.onnx", **both, **wishes)
