@@ -284,10 +284,11 @@ class Calibration:
     def merge(self, other: Self) -> Calibration:
         """Return the calibration on both data sets together, exactly as if one pass had seen them all.
 
-        Except for what only one pass has: convergence and settings are left out.
+        Except for what only one pass has: convergence and settings are left out, but for the padding that both left
+        out.
 
         Raises:
-            CalibrationError: the two are not of the same model, preprocessing and tensors.
+            CalibrationError: the two are not of the same model, preprocessing and tensors, or left out other padding.
         """
         fingerprint = self._fingerprint.merge(other._fingerprint)
         unshared = sorted(self._histograms.keys() ^ other._histograms.keys())
@@ -301,13 +302,26 @@ class Calibration:
                 f"Cannot merge the calibrations: one holds {_KEPT[self.statistics]} and the other "
                 f"{_KEPT[other.statistics]}; expected the same. Calibrate both with the same --statistics."
             )
+        mine, theirs = self._settings.get("padding"), other._settings.get("padding")
+        if mine != theirs:
+            raise CalibrationError(
+                f"Cannot merge the calibrations: padding was left out by {mine or 'nothing'} in one and by "
+                f"{theirs or 'nothing'} in the other; expected the same. Calibrate both with the same --padding-mask "
+                "or --lengths."
+            )
         histograms = {name: _merged(found, other._histograms[name]) for name, found in self._histograms.items()}
         shapes = {name: Counter(counts) for name, counts in self._input_shapes.items()}
         for name, counts in other._input_shapes.items():
             shapes.setdefault(name, Counter()).update(counts)
         inputs = merge_inputs(self._input_statistics, other._input_statistics)
         merged_histograms, merged_ranges = _separate(histograms)
-        return Calibration(merged_ranges or merged_histograms, fingerprint, shapes, input_statistics=inputs)
+        return Calibration(
+            merged_ranges or merged_histograms,
+            fingerprint,
+            shapes,
+            input_statistics=inputs,
+            settings=None if mine is None else {"padding": mine},
+        )
 
     def annotated(self, *, convergence: History | None = None, settings: Settings | None = None) -> Calibration:
         """Return the same statistics with another history of their scales, or other settings; None leaves them."""

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calibrators.errors import CalibrationError
-from calibrators.numerics import fp16_scale, quantize_weights
+from calibrators.numerics import fp16_scale, quantize_weights, scale_from_amax
 from calibrators.protocols import Array
 from engines.cpu_sums import write_sums
 from engines.free_names import FreeNames
@@ -117,16 +117,17 @@ def point_scale(point: ActivationPoint, scales: Mapping[str, float]) -> float:
     """Return the scale of a pair: amax / divisor, from the calibrated amax / 127, in float32's grid.
 
     Affine codes divide what they span among 255 steps. Where the graph guarantees a largest magnitude, that one counts.
+    No scale is below the smallest normal number.
     """
     if point.span is not None:
         lowest, highest = point.span
-        return float(np.float32((highest - lowest) / 255))
+        return scale_from_amax(highest - lowest, 255)
     if point.amax is not None:
-        return float(np.float32(point.amax / point.divisor))
+        return scale_from_amax(point.amax, point.divisor)
     if point.divisor == 127:
         return float(np.float32(scales[point.scale_of]))
     amax = scales[point.scale_of] * 127
-    return float(np.float32((amax if point.ceiling is None else min(amax, point.ceiling)) / point.divisor))
+    return scale_from_amax(amax if point.ceiling is None else min(amax, point.ceiling), point.divisor)
 
 
 class _Writer:

@@ -18,8 +18,9 @@ from calibrators.protocols import Track, untracked
 from engines.activations import OnnxRuntimeActivations
 from engines.graph import float_activations, prepare
 from engines.onnxrt import tensor_specs
+from engines.sequence_axes import find_padding
 from trt_int8.cache_verdict import CheckResult, compare_tensor, judge
-from trt_int8.calibration import DEFAULT_MAX_BATCHES, check_fits
+from trt_int8.calibration import DEFAULT_MAX_BATCHES, check_fits, padding_left_out
 from trt_int8.data import DataBatch, DataSpec, open_data
 from trt_int8.idle_options import refuse_idle_percentile
 from trt_int8.input_alarm import gross_difference, summarize_input
@@ -47,6 +48,8 @@ def check_data(
 ) -> CheckResult:
     """Run new data through a model and compare its activations with a calibration.
 
+    The padding that the calibration left out is left out of the new data too.
+
     Args:
         calibration: of this model.
         data: any form of DATA.
@@ -63,7 +66,8 @@ def check_data(
     Raises:
         CalibrationError: the calibration belongs to another model or holds ranges alone, or there is no such method.
         UsageError: a percentile for another method.
-        DataError: the data are missing, empty, of another shape or dtype, or not finite.
+        DataError: the data are missing, empty, of another shape or dtype, or not finite, or lack the array that tells
+            padding.
         NonFiniteActivationError: an activation overflowed.
     """
     if calibration.statistics != "histogram":
@@ -84,9 +88,18 @@ def check_data(
             "tensors is in the graph. Give the model that was calibrated."
         )
     inputs, _ = tensor_specs(prepared.proto)
-    source = open_data(data, inputs, batch_size=batch_size, max_batches=max_batches, preprocessing=preprocessing)
+    padding = padding_left_out(calibration)
+    source = open_data(
+        data,
+        inputs,
+        batch_size=batch_size,
+        max_batches=max_batches,
+        preprocessing=preprocessing,
+        padding=padding,
+    )
+    padded = None if padding is None else find_padding(prepared, names, padding)
     fed_inputs = _FedInputs()
-    activations = OnnxRuntimeActivations(prepared, names, fed_inputs.noted(source), threads=threads)
+    activations = OnnxRuntimeActivations(prepared, names, fed_inputs.noted(source), threads=threads, padded=padded)
     collected = collect(activations, track=track, total=source.batches)
     fed = {spec.name for spec in inputs}
     rows = [

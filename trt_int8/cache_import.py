@@ -32,6 +32,7 @@ from engines.tensorrt_names import FoundTensor, MissingTensor, contradictions, f
 from trt_int8.cache_import_result import ImportResult
 from trt_int8.choices import check_choice
 from trt_int8.errors import ConfigError, UsageError
+from trt_int8.float_models import check_float
 from trt_int8.idle_options import idle_wishes
 from trt_int8.outputs import check_output
 from trt_int8.placement_options import placement_entry, placement_options
@@ -73,11 +74,12 @@ def import_cache(
         CacheFormatError: `cache` is no TensorRT calibration cache, but a file of the kind named.
         CalibrationError: it lacks scales, holds unusable ones, or is of another model.
         ConfigError: `renamed` names what is not there; `output` is read as well.
-        ModelError: an expression of `exclude` or `include` matches nothing.
+        ModelError: the model is quantized already, or an expression of `exclude` or `include` matches nothing.
     """
     options = placement_options(residual, attention, exclude, include)
     check_choice("precision", precision, Int8Precision)
     check_output(output, cache, model)
+    check_float(model, "quantize")
     content = TensorRTCache.load(cache)
     prepared = prepare(model)
     lookup = _Lookup(content, prepared.ir(), _original(prepared), dict(renamed or {}))

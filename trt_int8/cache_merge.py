@@ -53,8 +53,8 @@ def merge_calibrations(
 
     Raises:
         UsageError: fewer than two files.
-        CalibrationError: they differ in model, preprocessing or tensors, were made from the same data, or by different
-            releases.
+        CalibrationError: they differ in model, preprocessing, tensors or padding, were made from the same data, or by
+            different releases.
         CacheFormatError: a file is no calibration.
         ConfigError: `output` is one of the files.
     """
@@ -68,7 +68,8 @@ def merge_calibrations(
         if differences:
             raise CalibrationError(
                 f"Cannot merge {paths[0]!r} and {path!r}: they differ in {'; '.join(differences)}. Expected the same "
-                "model, preprocessing, tensors and statistics; calibrate the same model file on the other data."
+                "model, preprocessing, tensors, statistics and padding; calibrate the same model file in the same way "
+                "on the other data."
             )
     made_by = {part.fingerprint.tool for part in parts}
     if len({release for tool in made_by for release in releases(tool)}) > 1 and not force:
@@ -102,6 +103,9 @@ def differing(first: Calibration, second: Calibration) -> list[str]:
             found.append(f"{what} ({_short(one)} and {_short(other)})")
     if first.statistics != second.statistics:
         found.append(f"statistics ({first.statistics} and {second.statistics})")
+    padding = [part.settings.get("padding") or "none" for part in (first, second)]
+    if padding[0] != padding[1]:
+        found.append(f"the padding left out ({padding[0]} and {padding[1]})")
     only_first = [name for name in first.tensors if name not in set(second.tensors)]
     only_second = [name for name in second.tensors if name not in set(first.tensors)]
     for where, names in (("first", only_first), ("second", only_second)):

@@ -109,13 +109,13 @@ def tensorrt_cache(calibration: Calibration, *, method: str, percentile: float, 
 
 def _implicit_version(tensorrt_version: str) -> int:
     """Return the number of a version's header; CalibrationError where that version reads no cache."""
-    version = header_version(tensorrt_version)
-    if int(tensorrt_version.split(".", maxsplit=1)[0]) > LAST_IMPLICIT_MAJOR:
+    major = tensorrt_version.split(".", maxsplit=1)[0]
+    if major.isdecimal() and int(major) > LAST_IMPLICIT_MAJOR:
         raise CalibrationError(
             f"TensorRT {tensorrt_version} has no calibrators and reads no calibration cache; the last one that does is "
             "10.x. Use a Q/DQ model there: `trt-int8 quantize`."
         )
-    return version
+    return header_version(tensorrt_version)
 
 
 def _usable(cache: TensorRTCache) -> TensorRTCache:

@@ -12,6 +12,7 @@ from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Track, untracked
 from engines.graph import PreparedModel
+from engines.padding import Padding
 from trt_int8 import __version__
 from trt_int8.calibration_backend import DEFAULT_CALIBRATION_BACKEND, CalibrationBackendChoice
 from trt_int8.calibration_job import DEFAULT_MAX_BATCHES, CalibrationJob, Tensors
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_MAX_BATCHES", "Tensors", "calibrate", "check_fits", "releases"]
+__all__ = ["DEFAULT_MAX_BATCHES", "Tensors", "calibrate", "check_fits", "padding_left_out", "releases"]
 
 
 def calibrate(
@@ -161,6 +162,16 @@ def check_fits(calibration: Calibration, prepared: PreparedModel) -> None:
             f"{__version__}, which may count or place otherwise. Calibrate again, or use force (--force) to take it as "
             "it is."
         )
+
+
+def padding_left_out(calibration: Calibration) -> Padding | None:
+    """Return what tells the padding that a calibration left out; None where it left none out.
+
+    Raises:
+        CalibrationError: it says something else.
+    """
+    told = calibration.settings.get("padding")
+    return None if told is None else Padding.parse(str(told))
 
 
 def releases(tool: str) -> set[str]:

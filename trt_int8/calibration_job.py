@@ -46,6 +46,9 @@ Tensors = Literal["quantized", "tensorrt", "cpu", "all"]
 
 DEFAULT_MAX_BATCHES = 1000
 
+_SETTINGS = {"stop_when_stable": "--stop-when-stable", "backend": "the backend"}
+"""Settings by the words that a message has for them."""
+
 _NAMED = 8
 """Tensors that a note lists."""
 
@@ -173,12 +176,12 @@ class CalibrationJob:
             calibration: made earlier, perhaps.
             track: shows the progress of reading.
         """
-        changes = self._changes(calibration, self._tensors)
-        if changes:
-            return "; ".join(changes)
         wanted = calibration.fingerprint
         if len(wanted.data) != 1:
             return f"it was merged of {len(wanted.data)} parts"
+        changes = self._changes(calibration, self._tensors)
+        if changes:
+            return "; ".join(changes)
         if not self._source.rewindable:
             return f"{self._source.description} can be read only once, so nothing tells whether it is the same data"
         read, found = 0, ""
@@ -270,14 +273,24 @@ class CalibrationJob:
         ]
         if calibration.statistics != self._statistics:
             changes.append(f"it was made with --statistics {calibration.statistics}, and is now {self._statistics}")
-        if list(calibration.tensors) != list(names):
-            changes.append(f"it holds {len(calibration.tensors)} tensors, and {len(names)} are asked for")
+        if not changes and list(calibration.tensors) != list(names):
+            lacking = len(set(names) - set(calibration.tensors))
+            changes.append(
+                f"it holds {len(calibration.tensors)} tensors, and {len(names)} are asked for"
+                + (f", {lacking} of which it lacks" if lacking else "")
+            )
         told = {
-            "preprocessing": (fingerprint.preprocessing, self._source.preprocessing),
+            "the preprocessing": (fingerprint.preprocessing, self._source.preprocessing),
             "trt-int8": (fingerprint.tool, __version__),
-            **{name: (calibration.settings.get(name, "not known"), now) for name, now in self._settings.items()},
+            **{
+                _SETTINGS.get(name, name): (calibration.settings.get(name, "not known"), now)
+                for name, now in self._settings.items()
+                if name != "statistics"  # told above
+            },
         }
-        changes += [f"{name} was {before!r} and is {now!r}" for name, (before, now) in told.items() if before != now]
+        changes += [
+            f"{name} was {_told(before)} and is {_told(now)}" for name, (before, now) in told.items() if before != now
+        ]
         return changes
 
     def _joined(self, parts: Sequence[Calibration]) -> Calibration:
@@ -309,6 +322,11 @@ class CalibrationJob:
             },
             settings=self._settings,
         )
+
+
+def _told(setting: object) -> str:
+    """Return a setting as a message gives it: text without quotes, and none where it was left out."""
+    return str(setting) if setting not in (None, "") else "none"
 
 
 def _is_finished(earlier: Calibration | None) -> bool:

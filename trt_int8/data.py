@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -297,6 +298,13 @@ def open_data(
         # own code is not run for a look.
         next(iter(source))
     return source
+
+
+def same_data(first: DataSpec | None, second: DataSpec | None) -> bool:
+    """Tell whether two forms of data name the same: one object, or one path in two spellings."""
+    if isinstance(first, str | Path) and isinstance(second, str | Path):
+        return os.path.realpath(first) == os.path.realpath(second)
+    return first is not None and first is second
 
 
 def padding_from(mask: str | None, lengths: str | None) -> Padding | None:

@@ -13,8 +13,8 @@ from trt_int8.console import make_table
 from trt_int8.quantize_result import WEIGHT_ONLY
 
 
-def explanation_tables(placement: Placement, scales: Mapping[str, float]) -> tuple[Table, Table, Table]:
-    """Lay a placement out in three tables.
+def explanation_tables(placement: Placement, scales: Mapping[str, float]) -> tuple[Table, ...]:
+    """Lay a placement out in tables.
 
     Args:
         placement: what was done where.
@@ -22,8 +22,8 @@ def explanation_tables(placement: Placement, scales: Mapping[str, float]) -> tup
 
     Returns:
         The weighted nodes: operator, whether it computes on INT8, its weight's scales, and by which rule. The Q/DQ
-        pairs on activations: scale, rule, and who reads the dequantized value. The rules: each reason once, with how
-        often it was given; of pairs that of their rule, since they name the readers above.
+        pairs on activations, where there are any: scale, rule, and who reads the dequantized value. The rules: each
+        reason once, with how often it was given; of pairs that of their rule, since they name the readers above.
     """
     decisions, points = placement.decisions, placement.activations
     quantized = sum(_arithmetic(decision) == "INT8" for decision in decisions)
@@ -59,7 +59,7 @@ def explanation_tables(placement: Placement, scales: Mapping[str, float]) -> tup
         ((rule, reason, str(count)) for (rule, reason), count in Counter(reasons).items()),
         left=2,
     )
-    return nodes, pairs, rules
+    return (nodes, pairs, rules) if points else (nodes, rules)
 
 
 def _why(placement: Placement, point: ActivationPoint) -> str:

@@ -26,7 +26,8 @@ from trt_int8.auto import AutoChoice, choose_scales
 from trt_int8.calibration import check_fits
 from trt_int8.choices import check_choice
 from trt_int8.config import Method
-from trt_int8.data import DataSpec, open_data
+from trt_int8.data import DataSpec, open_data, same_data
+from trt_int8.float_models import check_float
 from trt_int8.idle_options import idle_wishes
 from trt_int8.input_alarm import INPUTS_KEY, note_inputs, summary_text
 from trt_int8.machine import saturates_unsigned_products
@@ -102,7 +103,8 @@ def quantize(
 
     Raises:
         CalibrationError: the calibration belongs to another model, or lacks a scale.
-        ModelError: an expression of `exclude` or `include` matches nothing, or the mode finds nothing to quantize.
+        ModelError: the model is quantized already, an expression of `exclude` or `include` matches nothing, or the mode
+            finds nothing to quantize.
         UsageError: "int8+fp16" for the CPU target, affine activations or dynamic quantization for TensorRT, a
             calibration that the mode lacks, one that cannot be smoothed, or an option that would have no effect beside
             the others. What has none in this model is told in the notes.
@@ -128,6 +130,7 @@ def quantize(
             smooth=smooth is not None,
             data=data is not None,
             held_back=held_back is not None,
+            same_data=same_data(data, held_back),
             preprocessing=preprocessing is not None,
             chosen=auto is not None,
             reduce_range=reduce_range is not None,
@@ -140,6 +143,7 @@ def quantize(
         return quantize_weights_only(model, output, options=options, target=target, weights=weights)
     if smooth is not None:
         check_smoothing(calibration, data, smooth)
+    check_float(model, "quantize")
     calibration.scales(method, percentile=percentile)  # what it cannot serve is told before anything slow
     prepared = prepare(model)
     if not force:

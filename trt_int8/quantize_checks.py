@@ -29,6 +29,7 @@ class Asked:
         smooth: whether the model is to be smoothed here.
         data: whether data were given.
         held_back: whether data for the method auto alone were given.
+        same_data: whether those are the others.
         preprocessing: whether a preprocessing of data was given.
         chosen: whether a choice of the method auto was given.
         reduce_range: whether the range of the weights was said.
@@ -46,6 +47,7 @@ class Asked:
     smooth: bool
     data: bool
     held_back: bool
+    same_data: bool
     preprocessing: bool
     chosen: bool
     reduce_range: bool
@@ -86,7 +88,7 @@ def _check_static(asked: Asked) -> None:
             "one with `trt-int8 calibrate`, or take the mode dynamic or weight-only."
         )
     auto = asked.method == "auto"
-    if auto and asked.smooth and asked.data and not asked.held_back and not asked.chosen:
+    if auto and asked.smooth and asked.data and (asked.same_data or not asked.held_back) and not asked.chosen:
         raise UsageError(
             "Cannot smooth and choose by the method auto on the same data: auto would judge on what the model was "
             "fitted to. Give calibration data with --data, which smooth the model, and others with --held-back, which "

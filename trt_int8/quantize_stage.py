@@ -96,6 +96,7 @@ def quantize_all(
             {**result.to_json(), "name": variant.name, "file": variant.file}
             for variant, result in zip(variants, results, strict=True)
         ],
+        "smoothed": [] if smoothed is None else list(smoothed.tensors),
         "fp16": None if half is None else half.to_json(),
     }
 

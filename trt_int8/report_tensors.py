@@ -49,6 +49,7 @@ class TensorRow:
         spread: largest threshold / smallest; 1 where the methods agree, and for a tensor that is always zero.
         targets: the targets whose placement takes this tensor's scale.
         auto: the method that `auto` took for it; empty where it was not asked.
+        smoothed: whether the models quantize it smoothed, with other scales than those of the calibration.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TensorRow:
     spread: float
     targets: tuple[str, ...]
     auto: str
+    smoothed: bool
 
     @property
     def always_zero(self) -> bool:
@@ -84,10 +86,11 @@ class PlacementView:
 
     Attributes:
         target: "cpu" or "tensorrt".
+        mode: "static", "dynamic" or "weight-only"; the weights alone are INT8 with the last one.
         files: the models.
         scale_file: the model that `Pair.scale` is of.
-        quantized: the weighted nodes that compute on INT8.
-        held: the weighted nodes that stay float.
+        quantized: the weighted nodes that compute on INT8, or whose weight is stored as INT8.
+        held: the other weighted nodes.
         rules: (rule, reason) to number of nodes, largest first.
         pairs: the Q/DQ pairs.
         pair_rules: (rule, reason) to number of pairs, largest first.
@@ -95,6 +98,7 @@ class PlacementView:
     """
 
     target: str
+    mode: str
     files: tuple[str, ...]
     scale_file: str
     quantized: tuple[Json, ...]
@@ -122,8 +126,16 @@ def tensor_rows(calibration: Calibration, quantization: Json | None, percentile:
             if model.get("target") not in users:
                 users.append(str(model.get("target")))
         chosen |= (model.get("auto") or {}).get("methods") or {}
+    smoothed = set((quantization or {}).get("smoothed") or [])
     return tuple(
-        _row(name, calibration.histogram(name), amax, tuple(sorted(targets.get(name, []))), chosen.get(name, ""))
+        _row(
+            name,
+            calibration.histogram(name),
+            amax,
+            targets=tuple(sorted(targets.get(name, []))),
+            auto=chosen.get(name, ""),
+            smoothed=name in smoothed,
+        )
         for name in calibration.tensors
     )
 
@@ -159,8 +171,10 @@ def _row(
     name: str,
     histogram: MagnitudeHistogram,
     amax: Mapping[str, Mapping[str, float]],
+    *,
     targets: tuple[str, ...],
     auto: str,
+    smoothed: bool,
 ) -> TensorRow:
     found = tuple(
         Threshold(method, values[name], scale_from_amax(values[name]), clipped_share(histogram, values[name]))
@@ -177,6 +191,7 @@ def _row(
         spread=max(limits) / min(limits) if min(limits) > 0 else 1.0,
         targets=targets,
         auto=auto,
+        smoothed=smoothed,
     )
 
 
@@ -196,6 +211,7 @@ def _placement(models: Sequence[Json], delivered: str | None) -> PlacementView:
     )
     return PlacementView(
         target=str(shown.get("target", "")),
+        mode=str(shown.get("mode") or "static"),
         files=tuple(str(model.get("file", "")) for model in models),
         scale_file=str(shown.get("file", "")),
         quantized=tuple(decision for decision in decisions if decision.get("quantized")),

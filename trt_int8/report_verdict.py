@@ -120,6 +120,7 @@ def closest_methods(rows: Sequence[ModelRow]) -> tuple[str, ...]:
             for row in rows
             if row.precision == "int8"
             and row.target == target
+            and row.method in METHODS
             and row.accuracy is not None
             and row.accuracy.sqnr_db is not None
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from engines.onnxrt import tensor_specs
 from engines.padding import PaddedTensors, Padding
 from engines.sequence_axes import find_padding
 from engines.smoothing import SmoothingSite, smooth, smoothing_sites
+from trt_int8.calibration import padding_left_out
 from trt_int8.data import BatchSource, DataSpec, open_data
 from trt_int8.errors import ConfigError, DataError, ModelError, UsageError
 from trt_int8.images import Preprocessing
@@ -28,12 +31,14 @@ class Smoothed:
     Attributes:
         prepared: the model, whose answers are those of the original up to float rounding.
         calibration: the original's, with the statistics of the smoothed tensors counted anew.
-        factors: what each tensor's channels were divided by, by tensor name.
+        tensors: the tensors of the original that were smoothed.
+        factors: what each tensor's channels were divided by, by the name of what holds the quotients.
         notes: what was smoothed, and which of it by products of its own.
     """
 
     prepared: PreparedModel
     calibration: Calibration
+    tensors: tuple[str, ...]
     factors: Mapping[str, Array]
     notes: tuple[str, ...]
 
@@ -61,7 +66,7 @@ def check_smoothing(calibration: Calibration, data: DataSpec | None, alpha: floa
             "Cannot smooth without data: the largest magnitude of every channel is needed, which a calibration does "
             "not hold. Name the calibration data (--data)."
         )
-    _padding(calibration)
+    padding_left_out(calibration)
     for name in calibration.tensors[:1]:
         calibration.histogram(name)  # the tensors that are not smoothed keep theirs
     return data
@@ -96,10 +101,10 @@ def smooth_model(
     Args:
         prepared: the model that was calibrated.
         calibration: its calibration.
-        data: what it was calibrated on, or a part of it; read twice.
+        data: what it was calibrated on, or a part of it; read twice, up to its number of samples.
         alpha: in [0, 1]: how much of the difficulty goes into the weights.
         preprocessing: of `data`, for image folders.
-        batch_size: samples per batch; see `trt_int8.data.open_data`.
+        batch_size: samples per batch, see `trt_int8.data.open_data`; None takes the calibration's.
         threads: number of batches that are run at a time; None takes one per core.
         track: shows the progress.
 
@@ -113,15 +118,8 @@ def smooth_model(
     data = check_smoothing(calibration, data, alpha)
     sites = _sites(prepared)
     kept = {name: calibration.histogram(name) for name in calibration.tensors}
-    padding = _padding(calibration)
-    source = open_data(
-        data,
-        tensor_specs(prepared.proto)[0],
-        batch_size=batch_size,
-        max_batches=calibration.fingerprint.batches,
-        preprocessing=preprocessing,
-        padding=padding,
-    )
+    padding = padding_left_out(calibration)
+    source = _open(prepared, calibration, data, preprocessing, batch_size, padding)
     source.require_rewindable("to smooth")
     amax = _channel_amax(prepared, sites, source, padding, threads, track)
     model = prepared.ir()
@@ -142,18 +140,31 @@ def smooth_model(
     shared = [site.tensor for site in sites if site.shared]
     if shared:
         note += f"; {len(shared)} of them, which other nodes read too, by a Mul of its own: {_some(shared)}"
-    return Smoothed(smoothed, renewed, factors, (note,))
-
-
-def _padding(calibration: Calibration) -> Padding | None:
-    """Return what tells the padding that a calibration left out; None where it left none out."""
-    told = calibration.settings.get("padding")
-    return None if told is None else Padding.parse(str(told))
+    return Smoothed(smoothed, renewed, tuple(tensors), factors, (note,))
 
 
 def _with_channels_last(padded: PaddedTensors) -> PaddedTensors:
     """Keep the tensors whose last axis, that of the channels, is still the last one without the padding."""
     return replace(padded, roles={name: roles for name, roles in padded.roles.items() if roles[-1] == "other"})
+
+
+def _open(
+    prepared: PreparedModel,
+    calibration: Calibration,
+    data: DataSpec,
+    preprocessing: Preprocessing | None,
+    batch_size: int | None,
+    padding: Padding | None,
+) -> BatchSource:
+    """Open as much of the data as was calibrated."""
+    fingerprint = calibration.fingerprint
+    opened = partial(open_data, data, tensor_specs(prepared.proto)[0], preprocessing=preprocessing, padding=padding)
+    source = opened(batch_size=batch_size, max_batches=fingerprint.batches)
+    if source.batch_size is None or source.batch_size * fingerprint.batches >= fingerprint.samples:
+        return source
+    # In smaller batches than the calibration's, as many of them would end before its samples do.
+    size = batch_size or math.ceil(fingerprint.samples / fingerprint.batches)
+    return opened(batch_size=size, max_batches=math.ceil(fingerprint.samples / size))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -165,8 +165,8 @@ def test_another_model_is_refused(tiny_model: Path, part: Path, images: Images) 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"stop_when_stable": "mse"}, "stop_when_stable was None and is 'mse'"),
-        ({"tensors": "all"}, "it holds 3 tensors, and 5 are asked for"),
+        ({"stop_when_stable": "mse"}, "--stop-when-stable was none and is mse"),
+        ({"tensors": "all"}, "it holds 3 tensors, and 5 are asked for, 2 of which it lacks"),
     ],
 )
 def test_other_settings_are_refused(
@@ -182,7 +182,7 @@ def test_another_version_is_refused(
 ) -> None:
     """It may count otherwise."""
     monkeypatch.setattr("trt_int8.calibration_job.__version__", "99")
-    with pytest.raises(CalibrationError, match=f"trt-int8 was '{__version__}' and is '99'"):
+    with pytest.raises(CalibrationError, match=f"trt-int8 was {__version__} and is 99"):
         calibrate(tiny_model, {"input": images}, checkpoint=part, resume=True)
 
 
@@ -400,14 +400,32 @@ class TestReuse:
         assert "the data give 9 batches now, and gave 37" in reason(images[:9])
         assert "the data give 10 batches now, and gave 9" in reason(images[:10])
         told = {"stop_when_stable": "mse"}
-        assert "stop_when_stable was None and is 'mse'" in reason(images[:10], **told)
+        assert "--stop-when-stable was none and is mse" in reason(images[:10], **told)
         changed_weights(tiny_model)
         assert "the weights have changed since" in reason(images[:10], **told)
-        merged = Calibration.load(output).merge(Calibration.load(output))
-        merged.annotated(settings=Calibration.load(output).settings).save(output)
+        Calibration.load(output).merge(Calibration.load(output)).save(output)
         assert "it was merged of 2 parts" in reason(images[:10], **told)
         output.write_text("something else")
         assert "holds no calibration that can be read" in reason(images[:10], **told)
+
+    def test_each_change_is_told_once(self, tiny_model: Path, images: Images) -> None:
+        """What is counted, and of which tensors; another model has other tensors anyhow."""
+        some = calibrate(tiny_model, {"input": images}, tensors="tensorrt")
+        every = calibrate(tiny_model, {"input": images}, tensors="all")
+        more, less = len(every.tensors), len(some.tensors)
+
+        def change(earlier: Calibration, **options: Any) -> str | None:
+            return CalibrationJob(tiny_model, {"input": images}, **options).what_changed(earlier)
+
+        assert change(every, tensors="all", statistics="minmax") == (
+            "it was made with --statistics histogram, and is now minmax"
+        )
+        assert change(some, tensors="all") == (
+            f"it holds {less} tensors, and {more} are asked for, {more - less} of which it lacks"
+        )
+        assert change(every, tensors="tensorrt") == f"it holds {more} tensors, and {less} are asked for"
+        changed_weights(tiny_model)
+        assert change(some, tensors="all") == "the weights have changed since"
 
     def test_a_calibration_that_stopped_early_is_recognised(self, tiny_model: Path, tmp_path: Path) -> None:
         """By the data that it read."""

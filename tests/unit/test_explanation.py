@@ -54,8 +54,10 @@ def test_a_weight_that_is_only_stored_as_int8_computes_on_float() -> None:
         "cpu", (), (WeightPoint("fc", 1, 0, "x"),), (Decision("fc", "Gemm", True, "weight-only", "why"),)
     )
     out = io.StringIO()
-    Console(file=out, width=120).print(explanation_tables(stored, {})[0])
+    tables = explanation_tables(stored, {})
+    Console(file=out, width=120).print(tables[0])
 
+    assert [str(table.title).split(":")[0] for table in tables] == ["Weighted nodes", "Why"]  # no pairs, no table
     assert "0 of 1 compute on INT8" in out.getvalue()
     assert "float" in out.getvalue()
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from calibrators.numerics import SMALLEST_SCALE, scale_from_amax
 from engines.granularity import with_affine_activations, with_one_weight_scale
 from engines.placement import ActivationPoint, Placement, WeightPoint
 from engines.qdq import point_scale
@@ -62,6 +63,15 @@ def test_a_tensor_that_is_always_0_keeps_its_scale() -> None:
 
     assert point.span is None
     assert point_scale(point, {"x": 1.0}) == 1.0
+
+
+@pytest.mark.parametrize("largest", [1e-44, 1e-40, 2.0**-126])
+def test_no_scale_is_too_small_to_divide_by(largest: float) -> None:
+    """What engines flush to 0 makes infinities; codes that are affine or below an upper clip have the finest steps."""
+    clipped = ActivationPoint("x", "x", None, "rule", "reason", unsigned=True, nonnegative=True, divisor=255)
+
+    assert point_scale(affine_point(0.0, largest, 1.0), {"x": 1.0}) == SMALLEST_SCALE
+    assert point_scale(clipped, {"x": scale_from_amax(largest)}) == SMALLEST_SCALE
 
 
 @given(

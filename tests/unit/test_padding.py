@@ -18,7 +18,10 @@ from engines.graph import PreparedModel, prepare
 from engines.padding import PaddedTensors, Padding, real_positions
 from engines.sequence_axes import find_padding
 from trt_int8 import calibrate
+from trt_int8.cache_check import check_data
+from trt_int8.cache_merge import merge_calibrations
 from trt_int8.calibrate_stage import calibrate_into
+from trt_int8.calibration import padding_left_out
 from trt_int8.calibration_job import CalibrationJob
 from trt_int8.checkpoint import Checkpoint
 from trt_int8.config import DataConfig
@@ -199,7 +202,7 @@ def test_taken_up_again_it_ends_the_same(model: Path, tmp_path: Path, sequences:
 
     with pytest.raises(KeyboardInterrupt):
         CalibrationJob(model, interrupted(), padding_mask="mask").run(Checkpoint(part, 1))
-    with pytest.raises(CalibrationError, match="padding was \"mask 'mask'\" and is None"):
+    with pytest.raises(CalibrationError, match="padding was mask 'mask' and is none"):
         CalibrationJob(model, batches).run(Checkpoint(part, 1), resume=True)
     found = CalibrationJob(model, batches, padding_mask="mask").run(Checkpoint(part, 1), resume=True)
 
@@ -230,11 +233,36 @@ def test_a_kept_calibration_is_bound_to_its_padding(model: Path, tmp_path: Path,
 
     assert not kept(lengths="n")
     assert kept(lengths="n")
-    with pytest.raises(CalibrationError, match="padding was \"lengths 'n'\" and is None"):
+    with pytest.raises(CalibrationError, match="padding was lengths 'n' and is none"):
         kept()
     batches[0]["n"] = np.minimum(batches[0]["n"], 2)
     with pytest.raises(CalibrationError, match="the data have changed"):
         kept(lengths="n")
+
+
+def test_new_data_are_checked_without_their_padding(model: Path, sequences: list[Array], expected: Calibration) -> None:
+    """The same sequences, cut otherwise, leave no range, and clip what they clipped before; padding would leave it."""
+    calibration = calibrate(model, padded(sequences, 4), padding_mask="mask")
+    found = check_data(calibration, padded(sequences, 2), model)
+    counted = check_data(calibrate(model, one_by_one(sequences)), padded(sequences, 2), model)
+
+    assert all(row.amax_ratio == 1 and row.clipped == row.calibrated_clipped for row in found.tensors)
+    assert max(row.amax_ratio for row in counted.tensors) > 1
+
+
+def test_merged_parts_keep_their_padding(model: Path, sequences: list[Array], tmp_path: Path) -> None:
+    """So that smoothing and checks leave it out too; parts that left out other padding are refused."""
+    files = [tmp_path / "0.npz", tmp_path / "1.npz", tmp_path / "whole.npz"]
+    for file, part in zip(files, (sequences[:5], sequences[5:]), strict=False):
+        calibrate(model, padded(part, 4), padding_mask="mask").save(file)
+    calibrate(model, padded(sequences[5:], 3)).save(files[2])
+    merge_calibrations(files[:2], output=tmp_path / "both.npz")
+
+    assert padding_left_out(Calibration.load(tmp_path / "both.npz")) == Padding("mask", "mask")
+    with pytest.raises(CalibrationError, match=r"differ in the padding left out \(mask 'mask' and none\)"):
+        merge_calibrations([files[0], files[2]], output=tmp_path / "mixed.npz")
+    with pytest.raises(CalibrationError, match="by mask 'mask' in one and by nothing in the other"):
+        Calibration.load(files[0]).merge(Calibration.load(files[2]))
 
 
 class TestRoles:

@@ -13,10 +13,12 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
+from calibrators.tensorrt_cache import TensorRTCache
 from engines.errors import ModelError
 from engines.onnxrt import PRECISION_KEY, TARGET_KEY, OnnxRuntimeRunner
 from engines.placement_options import PlacementOptions
 from trt_int8.api import calibrate, quantize
+from trt_int8.cache_import import import_cache
 from trt_int8.cli import app
 from trt_int8.errors import UsageError
 from trt_int8.placement_options import placement_entry
@@ -163,15 +165,19 @@ def test_a_model_of_convolutions_cannot_be_quantized_dynamically(graph_builder: 
         quantize(graph.save(tmp_path / "c.onnx", ["y"]), output=tmp_path / "q.onnx", mode="dynamic", target="cpu")
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "weight-only"])
+@pytest.mark.parametrize("mode", ["static", "dynamic", "weight-only"])
 def test_a_model_that_is_quantized_already(mode: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """Neither mode takes it, nor does a calibration: the FP32 model is wanted."""
+    """No mode takes it, not even by force, nor do a calibration and a cache: the FP32 model is wanted."""
+    by = {"calibration": calibrate(tiny_model, [FEEDS]), "force": True} if mode == "static" else {}
+    TensorRTCache(101601, "EntropyCalibration2", {"x": 0.1}).save(tmp_path / "c.cache")
     quantize(tiny_model, output=tmp_path / "q.onnx", mode="weight-only")
     text = r"q\.onnx': it is quantized already \(mode weight-only, target tensorrt\)\. Give the FP32 model"
     with pytest.raises(ModelError, match=text):
-        quantize(tmp_path / "q.onnx", output=tmp_path / "again.onnx", mode=mode, target="cpu")
+        quantize(tmp_path / "q.onnx", output=tmp_path / "again.onnx", mode=mode, target="cpu", **by)
     with pytest.raises(ModelError, match=text):
         calibrate(tmp_path / "q.onnx", [FEEDS])
+    with pytest.raises(ModelError, match=text):
+        import_cache(tmp_path / "c.cache", tmp_path / "q.onnx", output=tmp_path / "again.onnx")
 
 
 def test_a_model_without_weights(graph_builder: Any, tmp_path: Path) -> None:

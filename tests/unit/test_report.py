@@ -394,6 +394,53 @@ def test_what_stays_float_is_shown_with_its_reason(rendered: tuple[str, _Page]) 
     )
 
 
+@pytest.mark.parametrize(
+    ("mode", "heading", "held"),
+    [
+        ("dynamic", "cpu target, dynamic: 1 of 2 weighted nodes compute on INT8", "1 node stays float: conv (Conv)"),
+        (
+            "weight-only",
+            "cpu target, weight-only: 1 of 2 weights are stored as INT8",
+            "1 weight stays float: conv (Conv)",
+        ),
+    ],
+)
+def test_a_mode_without_pairs_is_named(mode: str, heading: str, held: str, run: Path) -> None:
+    """It has a heading of its own and no empty tables, and is no calibration method that could come closest."""
+    decisions = [
+        {"node": "conv", "op_type": "Conv", "quantized": False, "rule": "needs-scales", "reason": "fixed scales"},
+        {"node": "fc", "op_type": "Gemm", "quantized": True, "rule": mode, "reason": "stored as INT8"},
+    ]
+    model = {"name": f"INT8 {mode}, cpu", "file": f"modes/{mode}.onnx", "target": "cpu", "precision": "int8"}
+    model |= {"mode": mode, "method": mode, "decisions": decisions, "pairs": [], "scales": {}, "notes": []}
+    models = json.loads((run / "quantization.json").read_text())["models"]
+    _edit(run, "quantization.json", models=[*models, model])
+    accuracy = json.loads((run / "accuracy.json").read_text())["candidates"]
+    _edit(run, "accuracy.json", candidates=[*accuracy, {**accuracy[-1], "name": model["name"], "sqnr_db": 99.5}])
+    _, page = _render(run)
+
+    assert heading in page.text
+    assert held in page.text
+    assert page.text.count("Every weighted node") == 3
+    assert page.text.count("Every Q/DQ pair on an activation") == 2
+    assert "99.5" in page.text
+    assert "On the cpu target" in page.text
+    assert f"On the cpu target {mode} comes closest" not in page.text
+
+
+def test_smoothed_tensors_are_called_so(run: Path) -> None:
+    """The models quantize them with other scales than the table's, which says so; other tensors are as they were."""
+    name = Calibration.load(run / "calibration.npz").tensors[1]
+    before = _render(run)[1].text
+    _edit(run, "quantization.json", smoothed=[name])
+    _, page = _render(run)
+
+    assert "smoothed" not in before.lower()
+    assert page.text.count("before smoothing") == 1
+    assert page.text.count("cpu, tensorrt, smoothed") == 1
+    assert "Smoothed tensors stand here as they were before" in page.text
+
+
 def test_export_machine_and_reproduction_are_shown(rendered: tuple[str, _Page]) -> None:
     """The exporter's check, the machine, the configuration as YAML and the hashes are in the page."""
     _, page = rendered

@@ -17,7 +17,10 @@ from engines.graph import prepare
 from engines.smoothing import SMALLEST_FACTOR, smooth, smoothing_factors, smoothing_sites
 from trt_int8.api import calibrate, quantize
 from trt_int8.cli import app
+from trt_int8.config import RunConfig
 from trt_int8.errors import CalibrationError, ConfigError, DataError, UsageError
+from trt_int8.quantize_stage import quantize_all
+from trt_int8.run_plan import MODEL
 from trt_int8.smoothing import smooth_model
 
 CHANNELS = 16
@@ -294,12 +297,39 @@ def test_what_the_calibration_left_out_is_left_out_again(divided: bool, transfor
         assert counted.factors[tensor][2] > factors[2]
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_all_samples_of_the_calibration_smooth(batch_size: int | None, transformer: Path) -> None:
+    """However they are cut into batches: the loudest sample is the last of the calibration, and others come after."""
+    x = DATA["x"].copy()
+    x[15, :, LOUD] += np.float32(50)
+    calibration = calibrate(transformer, {"x": x}, batch_size=4, max_batches=4)
+    found = smooth_model(prepare(transformer), calibration, {"x": x}, 0.5, batch_size=batch_size)
+    expected = smooth_model(prepare(transformer), calibration, [{"x": x[:16]}], 0.5)
+
+    np.testing.assert_array_equal(found.factors["normed"], expected.factors["normed"])
+    assert found.calibration.histogram("normed").count == 16 * 6 * CHANNELS
+
+
 def test_the_array_that_tells_padding_is_needed(transformer: Path) -> None:
     """Data without it are not those of the calibration."""
     filled, packed = padded()
     calibration = calibrate(transformer, filled, lengths="lengths")
     with pytest.raises(DataError, match="no lengths 'lengths' with one row per sample"):
         smooth_model(prepare(transformer), calibration, packed, 0.5)
+
+
+def test_a_run_names_what_it_smoothed(transformer: Path, tmp_path: Path) -> None:
+    """The calibration's own figures of these tensors are not those of the models."""
+    np.savez(tmp_path / "data.npz", **DATA)
+    sections = {"model": {"source": str(transformer)}, "data": {"calibration": str(tmp_path / "data.npz")}}
+    config = RunConfig.model_validate({**sections, "quantize": {"methods": ["mse"], "method": "mse", "smooth": 0.5}})
+    (tmp_path / MODEL).write_bytes(transformer.read_bytes())
+    calibration = calibrate(transformer, DATA)
+    held_back = str(tmp_path / "data.npz")
+
+    assert quantize_all(config, [], calibration, tmp_path, held_back=held_back)["smoothed"] == ["normed"]
+    without = config.model_copy(update={"quantize": config.quantize.model_copy(update={"smooth": None})})
+    assert quantize_all(without, [], calibration, tmp_path, held_back=held_back)["smoothed"] == []
 
 
 def test_an_unknown_padding_is_told_before_the_model_is_prepared(transformer: Path, tmp_path: Path) -> None:
@@ -321,3 +351,8 @@ def test_auto_judges_a_smoothed_model_on_data_of_its_own(transformer: Path, tmp_
     assert result.notes[0].startswith("smoothed 1 normalized tensors")
     with pytest.raises(UsageError, match="others with --held-back, which auto judges on"):
         quantize(transformer, calibration, output=tmp_path / "q.onnx", data=DATA, **wishes)
+    np.savez(tmp_path / "data.npz", **DATA)
+    same = {"data": str(tmp_path / "data.npz"), "held_back": tmp_path / ".." / tmp_path.name / "data.npz"}
+    for both in (same, {"data": DATA, "held_back": DATA}):
+        with pytest.raises(UsageError, match="others with --held-back, which auto judges on"):
+            quantize(transformer, calibration, output=tmp_path / "q.onnx", **both, **wishes)
