@@ -279,13 +279,16 @@ class CalibrationJob:
                 f"it holds {len(calibration.tensors)} tensors, and {len(names)} are asked for"
                 + (f", {lacking} of which it lacks" if lacking else "")
             )
+        earlier = calibration.settings
+        other_backend = earlier.get("backend", self._backend.name) != self._backend.name
         told = {
             "the preprocessing": (fingerprint.preprocessing, self._source.preprocessing),
             "trt-int8": (fingerprint.tool, __version__),
             **{
-                _SETTINGS.get(name, name): (calibration.settings.get(name, "not known"), now)
+                _SETTINGS.get(name, name): (earlier.get(name, "not known"), now)
                 for name, now in self._settings.items()
-                if name != "statistics"  # told above
+                # Statistics are told above, and another backend has other versions.
+                if name != "statistics" and (name in earlier or not other_backend)
             },
         }
         changes += [

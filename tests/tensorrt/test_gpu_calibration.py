@@ -285,7 +285,9 @@ class TestStages:
         """The two would not agree in the last bits."""
         part = tmp_path / "c.part.npz"
         calibrate(tiny_model, {"input": IMAGES}).save(part)
-        with pytest.raises(CalibrationError, match=r"Cannot resume from .*backend was 'onnxruntime' and is 'tensorrt'"):
+        with pytest.raises(
+            CalibrationError, match=r"Cannot resume from .*: the backend was onnxruntime and is tensorrt\. "
+        ):
             calibrate(tiny_model, {"input": IMAGES}, backend="tensorrt", checkpoint=part, resume=True)
 
     def test_a_file_is_kept_where_the_backend_is_the_same(self, tiny_model: Path, tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ class TestStages:
         output, data = tmp_path / "c.npz", {"input": IMAGES}
         assert not calibrate_into(output, self.job(tiny_model, data)).kept
         assert calibrate_into(output, self.job(tiny_model, data)).kept
-        with pytest.raises(CalibrationError, match="backend was 'tensorrt' and is 'onnxruntime'"):
+        with pytest.raises(CalibrationError, match=r": the backend was tensorrt and is onnxruntime\. "):
             calibrate_into(output, self.job(tiny_model, data, "onnxruntime"))
 
     def test_it_stops_when_scales_are_stable(self, tiny_model: Path) -> None:
