@@ -30,8 +30,14 @@ from trt_int8.feeds import batch_input, describe
 from trt_int8.gpu_timing import EngineStopwatch, GpuFigures
 from trt_int8.machine import describe_machine
 from trt_int8.stopwatch import Clock, HostStopwatch, Stopwatch, Timed, Times
-from trt_int8.timing import NO_VERDICT, estimate_speedup, summarize
-from trt_int8.timing_warnings import clock_warnings, engine_warnings, shape_warnings, spread_warnings
+from trt_int8.timing import NO_VERDICT, estimate_speedup, summarize, with_all_time
+from trt_int8.timing_warnings import (
+    clock_warnings,
+    engine_warnings,
+    median_warnings,
+    shape_warnings,
+    spread_warnings,
+)
 
 BENCHMARK_BATCHES = 16
 """Batches to cycle through: enough that no cache knows them, few enough to hold."""
@@ -113,18 +119,23 @@ def time_side_by_side(
         figures = {index: engine.figures(batch_size) for index, engine in engines.items()}
 
     times = [np.stack(turn) for turn in turns]
+    candidates = tuple(
+        _candidate(runners, times, index, batch_size, seed, timed, figures.get(index)) for index in range(len(runners))
+    )
+    disturbed = median_warnings([runner.name for runner in runners], times, [row.speedup for row in candidates])
     return BenchmarkResult(
-        candidates=tuple(
-            _candidate(runners, times, index, batch_size, seed, timed, figures.get(index))
-            for index in range(len(runners))
-        ),
+        candidates=candidates,
         timed=timed,
         rounds=rounds,
         batch_size=batch_size,
         inputs=_shapes(used[0]),
         seed=seed,
         machine=describe_machine(),
-        warnings=(*_warnings(runners, times, figures, None if shapes_meant else used[0], timed), *left_out),
+        warnings=(
+            *_warnings(runners, times, figures, None if shapes_meant else used[0], timed),
+            *disturbed,
+            *left_out,
+        ),
         notes=notes,
     )
 
@@ -149,7 +160,8 @@ def _candidate(
     """Make the row of `runners[index]` out of the times of all, each of shape (rounds, iterations of a turn)."""
     runner, reference = runners[index], runners[0]
     latency = summarize(times[index])
-    speedup = estimate_speedup(np.median(times[0], axis=1), np.median(times[index], axis=1), seed)
+    by_medians = estimate_speedup(np.median(times[0], axis=1), np.median(times[index], axis=1), seed)
+    speedup = with_all_time(by_medians, times[0], times[index])
     verdict = ""
     if index:
         why_none = _no_verdict(runner, reference)

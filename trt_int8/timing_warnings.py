@@ -9,6 +9,7 @@ import numpy as np
 from calibrators.protocols import Batch
 from trt_int8.gpu_timing import GpuFigures
 from trt_int8.stopwatch import Times
+from trt_int8.timing import Speedup, disagree, time_ratio
 
 STEADY_CV_PERCENT = 2.5
 """Above this spread trtexec warns of unstable clocks."""
@@ -38,6 +39,24 @@ def spread_warnings(names: Sequence[str], times: Sequence[Times]) -> Iterator[st
             f"stay within {STEADY_CV_PERCENT} %): other work or changing clocks on this machine. "
             "Trust the ratios and their intervals, not the milliseconds"
         )
+
+
+def median_warnings(names: Sequence[str], times: Sequence[Times], speedups: Sequence[Speedup]) -> Iterator[str]:
+    """Warn where medians tell of another speed-up than all the time taken; see `trt_int8.timing.with_all_time`.
+
+    Args:
+        names: of the candidates, the reference first.
+        times: of each, shape (rounds, iterations of a turn).
+        speedups: of each.
+    """
+    for name, found, speedup in zip(names[1:], times[1:], speedups[1:], strict=True):
+        whole = time_ratio(times[0], found)
+        if disagree(speedup, whole):
+            yield (
+                f"{name}: the medians give {speedup.ratio:.2f}x and all the time taken {whole:.2f}x: other work on "
+                "this machine falls into the longer inferences more often. The interval spans both; time them again "
+                "when the machine is idle"
+            )
 
 
 def engine_warnings(name: str, gpu: GpuFigures) -> Iterator[str]:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trt_int8.timing import Speedup, estimate_speedup, percentile, summarize
+from trt_int8.timing import Speedup, estimate_speedup, percentile, summarize, with_all_time
+from trt_int8.timing_warnings import median_warnings
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,28 @@ def test_same_seed_gives_the_same_interval() -> None:
     reference, candidate = rng.lognormal(0, 0.1, (2, 20))
 
     assert estimate_speedup(reference, candidate, seed=5) == estimate_speedup(reference, candidate, seed=5)
+
+
+def test_work_that_falls_into_longer_calls_alone() -> None:
+    """Calls of 3 ms wait 5 ms for others twice out of three times, calls of 2 ms do so once: 8 / 2, and 19 / 11."""
+    reference = np.tile([3, 8, 8], (5, 1)) * 1_000_000
+    candidate = np.tile([2, 7, 2], (5, 1)) * 1_000_000
+    by_medians = estimate_speedup(np.median(reference, axis=1), np.median(candidate, axis=1), seed=0)
+    found = with_all_time(by_medians, reference, candidate)
+    (warning,) = median_warnings(["fp32", "int8"], [reference, candidate], [by_medians, found])
+
+    assert (by_medians.low, by_medians.ratio, by_medians.high) == (4.0, 4.0, 4.0)
+    assert (found.ratio, found.high) == (4.0, 4.0)
+    assert found.low == pytest.approx(19 / 11)
+    assert warning.startswith("int8: the medians give 4.00x and all the time taken 1.73x: other work")
+
+
+def test_a_late_call_now_and_then_widens_nothing() -> None:
+    """A tenth of the calls takes twice as long, of one model alone: medians are there to leave that out."""
+    steady = np.full((5, 10), 1_000_000)
+    late = steady.copy()
+    late[:, 3] *= 2
+    speedup = Speedup(1.0, 1.0, 1.0)
+
+    assert with_all_time(speedup, late, steady) is speedup
+    assert list(median_warnings(["fp32", "int8"], [late, steady], [speedup, speedup])) == []
