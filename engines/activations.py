@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -16,8 +17,9 @@ from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.blocked import Blocked, open_blocked_session, real_values
 from engines.errors import InferenceError
+from engines.garbage import garbage_collection_off
 from engines.graph import PreparedModel, exceeds_one_file, float_activations, name_of, open_session
-from engines.node_rules import weighted_nodes
+from engines.node_rules import RULES
 from engines.onnxrt import check_feeds, tensor_specs
 from engines.outside_weights import outside_bytes
 from engines.padding import PaddedTensors
@@ -26,7 +28,7 @@ from engines.piece_buffers import ArraySpec, Buffers, Layout, Memory, Signature,
 from engines.pieces import Piece, whole
 from engines.placement import Placement, root
 from engines.placement_cpu import place_for_cpu
-from engines.placement_options import Attention, PlacementOptions
+from engines.placement_options import PlacementOptions
 from engines.placement_tensorrt import place_for_tensorrt
 
 _log = logging.getLogger(__name__)
@@ -42,10 +44,15 @@ _MOST_SHAPES = 64
 _GROUP_BYTES = 32 * 2**20
 """What the batches of a group may feed and carry between pieces together."""
 
+_Place: TypeAlias = Callable[[ir.Model, PlacementOptions], Placement]
 
-_PLACE: Mapping[str, Callable[[ir.Model], Placement]] = {"tensorrt": place_for_tensorrt, "cpu": place_for_cpu}
+_PLACE: Mapping[str, _Place] = {"tensorrt": place_for_tensorrt, "cpu": place_for_cpu}
+
+_OVERRULED = frozenset(rule.name for rule in RULES if rule.can_be_overruled)
+"""The rules that `include` quantizes nodes against."""
 
 
+@garbage_collection_off()
 def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
     """Name the tensors whose statistics are collected, in graph order.
 
@@ -62,7 +69,7 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
     every = float_activations(model)
     if which == "all":
         return every
-    wanted = set(_PLACE[which](model).tensors) if which in _PLACE else _needed(model)
+    wanted = set(_PLACE[which](model, PlacementOptions()).tensors) if which in _PLACE else _needed(model)
     if not wanted and any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
         raise CalibrationError(
             f"{str(prepared.path)!r} is quantized already: nothing that holds float weights is left in it. "
@@ -79,19 +86,29 @@ def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> l
 
 def _needed(model: ir.Model) -> set[str]:
     """Name the tensors that some choice of options takes a scale from."""
-    rules = {decision.rule for decision in weighted_nodes(model)[1]}
-    everything = PlacementOptions(include=[".*"] if rules - {"subgraph"} else [])
-    attentions: list[Attention] = ["float", "int8"] if "attention" in rules else ["float"]
-    found: set[str] = set()
-    for options in (PlacementOptions(), everything):
-        found.update(place_for_cpu(model, options).tensors)
-        for attention in attentions:
-            found.update(place_for_tensorrt(model, replace(options, attention=attention)).tensors)
+    default, asked = PlacementOptions(), PlacementOptions(attention="int8")
+    placements = _with_all_included(place_for_cpu, model, default)
+    placements += (plain := _with_all_included(place_for_tensorrt, model, default))
+    if "attention" in _held_by(plain[0]):
+        placements += _with_all_included(place_for_tensorrt, model, asked)
+    found = {name for placement in placements for name in placement.tensors}
     # Where one of two convolutions that meet in an Add is left float, the skip is on the other side.
-    nodes = list(model.graph)
-    names = {node.name for node in weighted_nodes(model, everything)[0]}
-    sums = [value for node in residual_skips(nodes, names) for value in node.inputs if value is not None]
+    names = {decision.node for decision in plain[-1].decisions if decision.quantized}
+    sums = [value for node in residual_skips(list(model.graph), names) for value in node.inputs if value is not None]
     return found | {name_of(root(value)) for value in sums}
+
+
+def _with_all_included(place: _Place, model: ir.Model, options: PlacementOptions) -> list[Placement]:
+    """Return the placement by some options, and the one that overrules every rule, where that is another one."""
+    placement = place(model, options)
+    if _OVERRULED.isdisjoint(_held_by(placement)):
+        return [placement]
+    return [placement, place(model, replace(options, include=[".*"]))]
+
+
+def _held_by(placement: Placement) -> set[str]:
+    """Name the rules that keep weighted nodes in float."""
+    return {decision.rule for decision in placement.decisions if not decision.quantized}
 
 
 def worker_count(threads: int | None) -> int:
