@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
@@ -74,14 +73,13 @@ def _optimised(model: onnx.ModelProto, *, in_order: bool) -> onnx.ModelProto:
         in_order: whether its nodes stand in the order that sorting gives, as they do when this function returns.
     """
     graph = _imported(model)
-    wiring = _wiring(graph)
-    if wiring is None or not in_order:
+    has_bodies = next(graph.subgraphs(), None) is not None
+    if has_bodies or not in_order:
         graph.toposort()
-        wiring = _wiring(graph)
+    wiring = _wiring(graph)
     for change in (_fold, _fuse, dead_node_elimination, subexpression_elimination):
         change(graph)
-        changed = _wiring(graph)
-        if changed is None or changed != wiring:
+        if has_bodies or _wiring(graph) != wiring:  # what changes in branches and loop bodies is not looked at
             graph.cleanup(remove_unused_graph_inputs=True).toposort()
             wiring = _wiring(graph)
     optimised: onnx.ModelProto = gs.export_onnx(graph)
@@ -163,10 +161,8 @@ def _operators(matcher: PatternMatcher) -> set[str]:
     return {node.op for node in matcher.pattern.nodes} - {"input", "output"}
 
 
-def _wiring(graph: gs.Graph) -> list[Any] | None:
-    """Return what is connected with what; None where branches and loop bodies would have to be looked at, too."""
-    if next(graph.subgraphs(), None) is not None:
-        return None
+def _wiring(graph: gs.Graph) -> list[int]:
+    """Return what is connected with what; branches and loop bodies are left out."""
     return [id(value) for node in graph.nodes for values in (node.inputs, node.outputs) for value in (node, *values)]
 
 
