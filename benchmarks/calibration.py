@@ -33,7 +33,8 @@ from calibration_peers import PEERS, run_in_threads
 
 from calibrators.calibration import SEARCHES, Calibration, Fingerprint
 from calibrators.collector import ActivationStatistics, collect
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.activations import OnnxRuntimeActivations
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import prepare
 from engines.onnxrt import make_session
 from trt_int8.machine import read_machine

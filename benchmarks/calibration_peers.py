@@ -140,7 +140,8 @@ def _ours(model: Path, data: Sequence[Feeds], threads: int, *, minmax: bool) -> 
 
     from calibrators.calibration import Calibration, Fingerprint
     from calibrators.collector import collect
-    from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+    from engines.activations import OnnxRuntimeActivations
+    from engines.calibrated_tensors import tensors_to_calibrate
     from engines.graph import prepare
 
     started = time.perf_counter()

@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Self
+
+import numpy as np
 
 from calibrators.convergence import History, history_from_json, history_to_json
 from calibrators.entropy import entropy_amax
@@ -30,6 +33,9 @@ SEARCHES = ("minmax", "entropy", "percentile", "mse")
 METHODS = (*SEARCHES, "auto")
 DEFAULT_METHOD = "entropy"
 DEFAULT_PERCENTILE = 99.99
+
+_TOGETHER = 16
+"""Tensors that a thread is given at a time at most: handing one over takes as long as some searches do."""
 
 InputShapes = Mapping[str, Mapping[tuple[int, ...], int]]
 """Model input to the shapes that were fed, each with its number of batches."""
@@ -269,8 +275,12 @@ class Calibration:
         if key[0] not in self.searches:
             raise CalibrationError(_only_ranges(f"the scales of method {method!r}"))
         if key not in self._thresholds:
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the searches release the GIL
-                found = pool.map(search, self._histograms.values())
+            magnitudes = list(self._histograms.values())
+            threads = len(os.sched_getaffinity(0))
+            size = max(1, min(_TOGETHER, len(magnitudes) // (8 * threads)))
+            parts = [magnitudes[start : start + size] for start in range(0, len(magnitudes), size)]
+            with ThreadPoolExecutor(threads) as pool:  # the searches release the GIL
+                found = chain.from_iterable(pool.map(lambda part: [search(one) for one in part], parts))
             self._thresholds[key] = dict(zip(self._histograms, found, strict=True))
         return dict(self._thresholds[key])
 
@@ -279,7 +289,9 @@ class Calibration:
 
         Arguments and errors are those of `amax`.
         """
-        return {name: scale_from_amax(amax) for name, amax in self.amax(method, percentile).items()}
+        thresholds = self.amax(method, percentile)
+        scales = scale_from_amax(np.array(list(thresholds.values()), dtype=np.float64))
+        return dict(zip(thresholds, scales.tolist(), strict=True))
 
     def merge(self, other: Self) -> Calibration:
         """Return the calibration on both data sets together, exactly as if one pass had seen them all.

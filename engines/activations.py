@@ -5,29 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.blocked import Blocked, open_blocked_session, real_values
 from engines.errors import InferenceError
-from engines.graph import PreparedModel, exceeds_one_file, float_activations, name_of, open_session
-from engines.node_rules import weighted_nodes
+from engines.graph import PreparedModel, exceeds_one_file, open_session
 from engines.onnxrt import check_feeds, tensor_specs
 from engines.outside_weights import outside_bytes
 from engines.padding import PaddedTensors
-from engines.pair_rules_residual import residual_skips
 from engines.piece_buffers import ArraySpec, Buffers, Layout, Memory, Signature, signature_of, specs_of
 from engines.pieces import Piece, whole
-from engines.placement import Placement, root
-from engines.placement_cpu import place_for_cpu
-from engines.placement_options import Attention, PlacementOptions
-from engines.placement_tensorrt import place_for_tensorrt
 
 _log = logging.getLogger(__name__)
 
@@ -47,57 +40,6 @@ CARRIED_BYTES = 2 * _GROUP_BYTES
 that takes more alone, which is a group of its own, has more."""
 
 
-_PLACE: Mapping[str, Callable[[ir.Model], Placement]] = {"tensorrt": place_for_tensorrt, "cpu": place_for_cpu}
-
-
-def tensors_to_calibrate(prepared: PreparedModel, which: str = "quantized") -> list[str]:
-    """Name the tensors whose statistics are collected, in graph order.
-
-    "quantized": those that a placement for either target takes a scale from, whatever options are chosen later, and the
-    graph's float inputs and outputs, which cost next to nothing, bound the FP16 range and tell coordinates from scores.
-    What attention products read is among them except behind a Softmax: its output, which grows with the square of the
-    sequence, is known to lie between 0 and 1. "tensorrt", "cpu": those of one target's placement by default options,
-    which are fewer, instead. "all": every float activation, for TensorRT's implicit path, which wants them all.
-
-    Raises:
-        CalibrationError: nothing in the graph can be quantized, or it is quantized already.
-    """
-    model = prepared.ir()
-    every = float_activations(model)
-    if which == "all":
-        return every
-    wanted = set(_PLACE[which](model).tensors) if which in _PLACE else _needed(model)
-    if not wanted and any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
-        raise CalibrationError(
-            f"{str(prepared.path)!r} is quantized already: nothing that holds float weights is left in it. "
-            "Calibrate the FP32 model that it was made from."
-        )
-    if not wanted:
-        raise CalibrationError(
-            f"{str(prepared.path)!r} holds no Conv, ConvTranspose, Gemm or MatMul with constant weights: there is "
-            "nothing to quantize. Use --tensors all to calibrate its activations all the same."
-        )
-    wanted |= {value.name for value in [*model.graph.inputs, *model.graph.outputs] if value.name is not None}
-    return [name for name in every if name in wanted]
-
-
-def _needed(model: ir.Model) -> set[str]:
-    """Name the tensors that some choice of options takes a scale from."""
-    rules = {decision.rule for decision in weighted_nodes(model)[1]}
-    everything = PlacementOptions(include=[".*"] if rules - {"subgraph"} else [])
-    attentions: list[Attention] = ["float", "int8"] if "attention" in rules else ["float"]
-    found: set[str] = set()
-    for options in (PlacementOptions(), everything):
-        found.update(place_for_cpu(model, options).tensors)
-        for attention in attentions:
-            found.update(place_for_tensorrt(model, replace(options, attention=attention)).tensors)
-    # Where one of two convolutions that meet in an Add is left float, the skip is on the other side.
-    nodes = list(model.graph)
-    names = {node.name for node in weighted_nodes(model, everything)[0]}
-    sums = [value for node in residual_skips(nodes, names) for value in node.inputs if value is not None]
-    return found | {name_of(root(value)) for value in sums}
-
-
 def worker_count(threads: int | None) -> int:
     """Return how many batches are run at a time: as many as asked for, or one per usable core but no more than 8."""
     return threads or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
@@ -115,7 +57,7 @@ class OnnxRuntimeActivations:
 
     Args:
         prepared: the model.
-        tensors: names from `tensors_to_calibrate`.
+        tensors: names from `engines.calibrated_tensors.tensors_to_calibrate`.
         batches: the stream; consumed once. Its arrays must stay as they are until their batch is done.
         threads: number of runs at a time; None takes one per usable core, but no more than 8, as each of them holds the
             activations of a batch.

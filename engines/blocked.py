@@ -193,16 +193,16 @@ def _without_reordering(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[
         channels = _reordered_channels(node)
         if channels is not None:
             blocked[name] = Blocked(node.input[0], channels)
-    superfluous = [producers[name] for name in blocked if readers[name] == 0]
     # What is exposed and not wanted may have been put in order for that alone.
     unwanted = {value.name for value in graph.output} - set(tensors)
-    superfluous += [
+    kept = [
         node
         for node in graph.node
-        if _reordered_channels(node) is not None and node.output[0] in unwanted and readers[node.output[0]] == 0
+        if readers[node.output[0]]
+        or not (node.output[0] in blocked or (node.output[0] in unwanted and _reordered_channels(node) is not None))
     ]
-    for node in superfluous:
-        graph.node.remove(node)
+    del graph.node[:]
+    graph.node.extend(kept)
     outputs = dict.fromkeys(blocked[name].output if name in blocked else name for name in tensors)
     del graph.output[:]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)

@@ -65,7 +65,7 @@ class GpuActivations:
 
     Args:
         prepared: the model.
-        tensors: names from `engines.activations.tensors_to_calibrate`.
+        tensors: names from `engines.calibrated_tensors.tensors_to_calibrate`.
         batches: the stream; consumed once.
         device: the GPU; closed in the end, with all that is on it.
         model: runs the model on that device; closed before it.

@@ -24,6 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError
+from engines.garbage import garbage_collection_off
 from engines.onnxrt import Execution, Provider, load_header, make_session, tensor_specs
 from engines.opset import MINIMUM_OPSET, check_operators, check_training, nested_graphs, opset_of, raise_opset
 from engines.outside_weights import (
@@ -81,6 +82,7 @@ class PreparedModel:
     weights_hash: str
     scratch: Spill | None = field(default=None, repr=False, compare=False)
 
+    @garbage_collection_off()
     def ir(self) -> ir.Model:
         """Return a copy of the model in onnx-ir's form; editing it leaves this object alone."""
         model = ir.from_proto(self.proto)
@@ -93,6 +95,7 @@ class PreparedModel:
         return PreparedModel(self.path, proto, graph_hash(proto), weights_hash(proto), self.scratch)
 
 
+@garbage_collection_off()
 def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     """Load a model, raise it to opset 19 or above, fold and simplify it, and name every node.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +18,7 @@ from onnxslim.core import shape_infer
 from onnxslim.core.optimization import find_matches
 from onnxslim.core.optimization.dead_node_elimination import dead_node_elimination
 from onnxslim.core.optimization.subexpression_elimination import subexpression_elimination
+from onnxslim.core.pattern import PatternMatcher
 from onnxslim.core.pattern.registry import get_fusion_patterns
 from onnxslim.third_party.onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxslim.utils import TensorInfo, init_logging, update_outputs_dims
@@ -48,7 +48,7 @@ def slim(model: onnx.ModelProto, take: Callable[[onnx.ModelProto], onnx.ModelPro
     before: object = None
     with garbage_collection_off():
         for _ in range(_MOST_ROUNDS):
-            optimised = _optimised(model)
+            optimised = _optimised(model, in_order=before is not None)
             gc.collect(0)  # the graph objects, which refer to each other and to the weights; all of them are young
             if before is not None and _structure(optimised) == before:
                 break  # the shapes that were inferred for the same nodes stay
@@ -65,15 +65,21 @@ def slim(model: onnx.ModelProto, take: Callable[[onnx.ModelProto], onnx.ModelPro
     return named
 
 
-def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Run each pass once."""
-    graph = _imported(model).toposort()
-    graph.fold_constants().cleanup(remove_unused_graph_inputs=True).toposort()
+def _optimised(model: onnx.ModelProto, *, in_order: bool) -> onnx.ModelProto:
+    """Run each pass once.
+
+    Args:
+        model: see `slim`.
+        in_order: whether its nodes stand in the order that sorting gives, as they do when this function returns.
+    """
+    graph = _imported(model)
+    has_bodies = next(graph.subgraphs(), None) is not None
+    if has_bodies or not in_order:
+        graph.toposort()
     wiring = _wiring(graph)
-    for change in (_fuse, dead_node_elimination, subexpression_elimination):
+    for change in (_fold, _fuse, dead_node_elimination, subexpression_elimination):
         change(graph)
-        changed = _wiring(graph)
-        if changed is None or changed != wiring:
+        if has_bodies or _wiring(graph) != wiring:  # what changes in branches and loop bodies is not looked at
             graph.cleanup(remove_unused_graph_inputs=True).toposort()
             wiring = _wiring(graph)
     optimised: onnx.ModelProto = gs.export_onnx(graph)
@@ -118,22 +124,45 @@ def _read_by_folding(graph: onnx.GraphProto) -> set[str]:
     return read
 
 
+def _fold(graph: gs.Graph) -> None:
+    """Fold constants, and drop what nothing reads; a graph without anything to fold is not copied for it."""
+    bodies = next(graph.subgraphs(), None) is not None
+    if bodies or graph.functions or any(map(_may_fold, graph.nodes)):
+        graph.fold_constants()
+    graph.cleanup(remove_unused_graph_inputs=True)
+
+
+def _may_fold(node: gs.Node) -> bool:
+    """Tell whether a node stands for a constant, asks for a shape, or reads nothing but constants."""
+    return node.op in ("Constant", "Shape") or all(
+        isinstance(value, gs.Constant) or value.is_empty() for value in node.inputs
+    )
+
+
 def _fuse(graph: gs.Graph) -> None:
     """Replace what matches onnxslim's patterns, in branches and loop bodies first."""
     for subgraph in graph.subgraphs():
         _fuse(subgraph)
         subgraph.cleanup().toposort()
-    for match in find_matches(graph, get_fusion_patterns(None)).values():
+    operators = {node.op for node in graph.nodes}
+    found = {
+        name: [matcher for matcher in matchers if operators.issuperset(_operators(matcher))]
+        for name, matchers in get_fusion_patterns(None).items()
+    }
+    for match in find_matches(graph, found).values():
         if all(isinstance(value, gs.Tensor) for value in [*match["inputs"], *match["outputs"]]):
             graph.nodes.append(gs.Node(**{"domain": "ai.onnx.contrib", **match}))
         else:  # it is given tensors of its own, with names that are looked for in the whole graph
             graph.replace_custom_layer(**match)
 
 
-def _wiring(graph: gs.Graph) -> list[Any] | None:
-    """Return what is connected with what; None where branches and loop bodies would have to be looked at, too."""
-    if next(graph.subgraphs(), None) is not None:
-        return None
+def _operators(matcher: PatternMatcher) -> set[str]:
+    """Return the operators that a pattern is made of, all of which it needs."""
+    return {node.op for node in matcher.pattern.nodes} - {"input", "output"}
+
+
+def _wiring(graph: gs.Graph) -> list[int]:
+    """Return what is connected with what; branches and loop bodies are left out."""
     return [id(value) for node in graph.nodes for values in (node.inputs, node.outputs) for value in (node, *values)]
 
 

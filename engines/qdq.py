@@ -86,17 +86,17 @@ def insert_qdq(
     """
     _check_scales(placement, scales)
     scales = shared_scales(placement, scales)
-    source = {node.name: node for node in prepared.ir().graph}
     model = prepared.ir() if typed is None else typed
+    source = {node.name: node for node in (model if typed is None else prepared.ir()).graph}
+    originals = [source[weight.node].inputs[weight.index] for weight in placement.weights]  # before they are replaced
     writer = _Writer(model.graph, source)
     halves = {point.scale_of for point in placement.activations if writer.meets_fp16(point)}
     points = {point.scale_of: point for point in reversed(placement.activations)}
     weight_ranges: dict[str, int] = {}
-    for weight in placement.weights:
+    for weight, original in zip(placement.weights, originals, strict=True):
         point = points.get(weight.data_scale_of)  # None where weights alone are quantized
         limit = _weight_range(point, scales, largest) if reduce_range and point is not None else FULL_WEIGHT_RANGE
         weight_ranges[weight.node] = limit
-        original = source[weight.node].inputs[weight.index]
         if original is None:
             raise AssertionError(f"{weight.node} has no weight")
         writer.weight(weight, original, limit, None if point is None else point_scale(point, scales))
@@ -276,7 +276,8 @@ class _Writer:
 
     def _constant(self, stem: str, array: Array) -> ir.Value:
         name = self._names.take(stem)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        # ir.tensor would find out what it is given by isinstance() of protocols, which is what takes time here.
+        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
         self._graph.register_initializer(value)
         return value
 

@@ -16,7 +16,8 @@ from calibrators.calibration import Calibration
 from calibrators.collector import Statistics
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Track, untracked
-from engines.activations import tensors_to_calibrate, worker_count
+from engines.activations import worker_count
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import prepare
 from engines.onnxrt import tensor_specs
 from engines.sequence_axes import find_padding

@@ -20,7 +20,7 @@ from calibrators.tensorrt import ImplicitCalibrator, scales_calibrator, streamin
 from calibrators.tensorrt_batches import ShortBatch
 from calibrators.tensorrt_cache import ENTROPY_2, TensorRTCache, header_version
 from calibrators.tensorrt_cache_file import CacheFile, CacheOrigin
-from engines.activations import tensors_to_calibrate
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import PreparedModel
 from engines.profiles import dynamic_inputs
 from engines.sidecar import Provenance

@@ -12,6 +12,7 @@ from calibrators.calibration import Calibration
 from calibrators.numerics import LEVELS
 from calibrators.protocols import Track, untracked
 from engines.fp16 import UNCALIBRATED, HeldNode, convert_to_fp16
+from engines.garbage import garbage_collection_off
 from engines.granularity import Activations, Weights, with_affine_activations, with_one_weight_scale
 from engines.graph import PreparedModel, prepare, save_model
 from engines.mixed import mixed_graph
@@ -207,6 +208,7 @@ def quantize(
     )
 
 
+@garbage_collection_off()
 def write_quantized(
     prepared: PreparedModel,
     placement: Placement,

@@ -156,7 +156,7 @@ class RayCluster:
 
         Args:
             prepared: the model.
-            tensors: names from `engines.activations.tensors_to_calibrate`.
+            tensors: names from `engines.calibrated_tensors.tensors_to_calibrate`.
             batches: the stream; consumed once, in the caller's thread.
             exposed: see `engines.activations.OnnxRuntimeActivations`.
             backend: what runs the model, from `choose_backend`; None for the processors. On GPUs each task has one.

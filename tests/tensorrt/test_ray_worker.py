@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calibrators.errors import CalibrationError, NonFiniteActivationError
-from engines.activations import tensors_to_calibrate
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import prepare
 from trt_int8 import calibrate, ray_worker
 from trt_int8.calibration_backend import choose_calibration_backend

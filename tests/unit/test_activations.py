@@ -17,7 +17,8 @@ from onnx import TensorProto
 from calibrators.collector import collect
 from calibrators.errors import CalibrationError
 from engines import blocked
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.activations import OnnxRuntimeActivations
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.errors import InferenceError, ModelError
 from engines.graph import PreparedModel, prepare
 from engines.placement_cpu import place_for_cpu
@@ -104,6 +105,23 @@ class TestChoice:
         graph.node("MatMul", [graph.node("Softmax", [scores], "p"), value], "y")
 
         assert tensors_to_calibrate(prepare(graph.save(tmp_path / "m.onnx", ["y"]))) == ["x", "q", "k", "v", "y"]
+
+    def test_attention_may_be_asked_for_against_a_rule(self, graph_builder: Any, tmp_path: Path) -> None:
+        """Only once its products may be INT8 at all does a rule find them too small, and only then is it overruled."""
+        graph = graph_builder()
+        x = graph.input("x", (1, 4, 64))
+        query, key, value = (graph.node("MatMul", [x, graph.normal((64, 64))], name) for name in "qkv")
+        scores = graph.node("MatMul", [query, graph.node("Transpose", [key], perm=[0, 2, 1])], "scores")
+        graph.node("MatMul", [graph.node("Softmax", [scores], "p"), value], "y")
+        prepared = prepare(graph.save(tmp_path / "m.onnx", ["y"]))
+        names = set(tensors_to_calibrate(prepared))
+
+        asked, included = (
+            place_for_tensorrt(prepared.ir(), PlacementOptions(attention="int8", include=include))
+            for include in ([], [".*"])
+        )
+        assert {"q", "k", "v"} & set(asked.tensors) == set()
+        assert {"q", "k", "v"} <= set(included.tensors) <= names
 
     def test_all_names_every_float_activation(self, residual: PreparedModel) -> None:
         """TensorRT's implicit path falls back to float wherever a scale is missing."""

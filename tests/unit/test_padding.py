@@ -13,7 +13,7 @@ from onnx import TensorProto
 from calibrators.calibration import Calibration
 from calibrators.errors import CalibrationError
 from calibrators.protocols import Array
-from engines.activations import tensors_to_calibrate
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import PreparedModel, prepare
 from engines.padding import PaddedTensors, Padding, real_positions
 from engines.sequence_axes import find_padding

@@ -13,7 +13,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from engines.activations import tensors_to_calibrate
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import prepare
 from engines.pair_rules import RULES
 from engines.pair_rules_carriers import gated_map

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from calibrators.collector import collect
 from calibrators.protocols import Activations
 from engines import activations, pieces
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.activations import OnnxRuntimeActivations
 from engines.blocked import channels_per_block
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import PreparedModel, prepare
 from engines.piece_buffers import ArraySpec, Memory, _arrange_carried, _Place, signature_of, specs_of
 from engines.pieces import Piece

@@ -14,7 +14,8 @@ from calibrators.collector import collect
 from calibrators.errors import NonFiniteActivationError
 from calibrators.protocols import Activations, GroupedSource
 from engines import activations, pieces
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.activations import OnnxRuntimeActivations
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.errors import InferenceError
 from engines.graph import PreparedModel, prepare
 

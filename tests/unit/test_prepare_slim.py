@@ -114,6 +114,18 @@ def test_the_tensors_are_not_listed_for_each_fusion(graph_builder: Any, monkeypa
     assert 0 < count(2) == count(20)
 
 
+def test_a_graph_with_nothing_to_fold_is_not_copied(graph_builder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folding works on a copy, which is made where a graph asks for shapes or computes with constants alone."""
+    copies: list[int] = []
+    original = gs.Graph.copy
+    monkeypatch.setattr(gs.Graph, "copy", lambda *args, **kwargs: copies.append(1) or original(*args, **kwargs))
+
+    slim(convolutions(graph_builder, 2))
+    assert copies == []
+    slim(attention(graph_builder))
+    assert copies
+
+
 def test_the_garbage_collector_is_left_as_it_was(graph_builder: Any) -> None:
     """It rests meanwhile; one who had switched it off finds it off."""
     slim(convolutions(graph_builder, 1))

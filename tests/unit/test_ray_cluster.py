@@ -25,7 +25,8 @@ from calibrators.errors import (
     NonFiniteActivationError,
     TrtInt8Error,
 )
-from engines.activations import OnnxRuntimeActivations, tensors_to_calibrate
+from engines.activations import OnnxRuntimeActivations
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.errors import DeviceError, InferenceError
 from engines.graph import PreparedModel, prepare
 from trt_int8 import ray_cluster, ray_worker
@@ -70,7 +71,7 @@ SCRIPT = """
 import contextlib, json, os, pickle, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, psutil
-from engines.activations import tensors_to_calibrate
+from engines.calibrated_tensors import tensors_to_calibrate
 from engines.graph import prepare
 from trt_int8 import calibrate, ray_cluster
 from trt_int8.errors import TrtInt8Error
