@@ -283,8 +283,7 @@ class OnnxRuntimeActivations:
         return "model input" if tensor in self._input_names else f"node {self._producers.get(tensor, '?')!r}"
 
     def _open(self, prepared: PreparedModel, exposed: Sequence[str], *, blocked: bool) -> Sequence[Piece]:
-        model = onnx.ModelProto()
-        model.CopyFrom(prepared.proto)
+        model = prepared.editable()
         present = {value.name for value in model.graph.output}
         added = [name for name in exposed if name not in self._input_names and name not in present]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)

@@ -59,8 +59,7 @@ class OnnxRuntimeCudaModel:
                 f"Cannot calibrate on the GPU: {problem}. Install onnxruntime-gpu in place of onnxruntime, or take "
                 "--backend tensorrt, or onnxruntime for the processor."
             )
-        model = onnx.ModelProto()
-        model.CopyFrom(prepared.proto)
+        model = prepared.editable()
         inputs, outputs = ({spec.name for spec in specs} for specs in tensor_specs(model))
         model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in exposed or tensors if name not in inputs | outputs

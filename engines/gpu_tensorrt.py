@@ -101,8 +101,7 @@ class TensorRTModel:
 
 def _exposed(prepared: PreparedModel, tensors: Sequence[str]) -> onnx.ModelProto:
     """Return the model with `tensors` among its outputs, each with its type, which TensorRT's parser asks for."""
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.proto)
+    model = prepared.editable()
     present = {value.name for value in [*model.graph.output, *model.graph.input]}
     types = {
         value.name: value.dtype for node in prepared.ir().graph for value in node.outputs if value.dtype is not None

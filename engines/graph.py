@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,6 +25,7 @@ from calibrators.errors import FileAccessError
 from calibrators.files import atomic_path
 from engines.errors import ModelError
 from engines.garbage import garbage_collection_off
+from engines.last_made import LastMade, digest_of
 from engines.onnxrt import Execution, Provider, load_header, make_session, tensor_specs
 from engines.opset import MINIMUM_OPSET, check_operators, check_training, nested_graphs, opset_of, raise_opset
 from engines.outside_weights import (
@@ -89,10 +90,19 @@ class PreparedModel:
         model.meta[_SCRATCH] = self.scratch  # it refers to the file
         return model
 
+    def editable(self) -> onnx.ModelProto:
+        """Return a copy of the model in ONNX's form; editing it leaves this object alone."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        return model
+
     def replaced(self, model: _IrModel) -> PreparedModel:
         """Return another graph in place of this one, with hashes of its own."""
         proto = ir.to_proto(model)
         return PreparedModel(self.path, proto, graph_hash(proto), weights_hash(proto), self.scratch)
+
+
+_last: LastMade[PreparedModel] = LastMade()
 
 
 @garbage_collection_off()
@@ -102,7 +112,8 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     BatchNormalization is folded into the weights before it or after it, constants are folded, `auto_pad` is written
     out, layer normalizations become one node each, Transposes around element-wise nodes cancel, model-local functions
     are inlined, documentation strings and per-node metadata (exporters write source paths there) are dropped. Tensor
-    names stay. The same file always gives the same graph.
+    names stay. The same file always gives the same graph, and what was prepared last is kept and known again by the
+    hash of the file, so that the stages of a run prepare a model once.
 
     The large weights of a model beyond 2 GB stay in their files, which must not change while the model is in use. Those
     of a model of more than 32 MiB are moved to a temporary file, so that none of the tools copies them.
@@ -114,9 +125,23 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
             that is no tensor.
     """
     file = Path(path)
+    digest = digest_of(file)
+    known = _last.find(file, digest)
+    if known is not None:
+        return replace(known, path=file)
+    _last.forget()
+    prepared, beside = _prepared(file)
+    if digest == digest_of(file):
+        _last.keep(file, digest, beside, prepared)
+    return prepared
+
+
+def _prepared(file: Path) -> tuple[PreparedModel, list[str]]:
+    """Prepare a model; return it with the names of its external data files."""
     header = load_header(file)
     tensor_specs(header)
-    for name in external_files(header):
+    beside = external_files(header)
+    for name in beside:
         if not (file.parent / name).exists():
             raise FileAccessError(
                 f"Cannot read the model {str(file)!r}: its external data {name!r} is missing. "
@@ -149,7 +174,7 @@ def prepare(path: str | os.PathLike[str]) -> PreparedModel:
     drop_notes(model)
     name_nodes(model)
     _check(model, file)
-    return PreparedModel(file, model, graph_hash(model), weights_hash(model), scratch)
+    return PreparedModel(file, model, graph_hash(model), weights_hash(model), scratch), beside
 
 
 def save_model(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str], *, loads: bool = False) -> None:

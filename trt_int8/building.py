@@ -339,6 +339,7 @@ def _build_implicit(
     open_builder(trt, device, job.model, options.precision)  # what it cannot do is said before a pass over the data
     scales = job.scales
     prepared = prepare(job.model)
+    noted = prepared.editable()
     with UploadBuffers(device) as buffers, job.network() as network:
         if feed is not None:
             ready = calibrator_of_data(trt, prepared, feed, buffers=buffers, look=ranges is None, track=job.track)
@@ -354,9 +355,9 @@ def _build_implicit(
                 percentile=scales.percentile,
                 force=scales.force,
             )
-            note_inputs(prepared.proto, scales.calibration.input_statistics)
+            note_inputs(noted, scales.calibration.input_statistics)
         if not job.as_it_is:
-            save_model(prepared.proto, network)
+            save_model(noted, network)
         built = trt_builder.build_engine(
             network,
             job.plan,

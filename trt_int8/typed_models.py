@@ -61,9 +61,10 @@ def write_typed(
         prepared = prepare(model)
         if scales.calibration is not None and not scales.force:
             check_fits(scales.calibration, prepared)
+        noted = prepared.editable()
         if scales.calibration is not None:
-            note_inputs(prepared.proto, scales.calibration.input_statistics)
-        save_model(prepared.proto, output)
+            note_inputs(noted, scales.calibration.input_statistics)
+        save_model(noted, output)
         return None, ()
     if precision == "fp16":
         half = convert_fp16(model, scales.calibration, output=output, force=scales.force)

@@ -53,6 +53,13 @@ def drawn(graph_builder: Any, *, norm: bool = False, opset: int = 17) -> onnx.Mo
     return model
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is prepared, whatever was prepared before, and goes when nothing here holds it."""
+    graph_module._last.forget()
+    monkeypatch.setattr(graph_module._last, "keep", lambda *_: None)
+
+
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat a model of a few kilobytes as one of many gigabytes."""
