@@ -81,8 +81,9 @@ def main() -> None:
         out.say(
             f"{cpu.model}, {cpu.cores_usable} of {cpu.cores_logical} cores, {', '.join(cpu.features)}; "
             f"ONNX Runtime {onnxruntime.__version__}, {options.threads} threads; load of the machine before "
-            f"{os.getloadavg()[0]:.1f}. Made by `python benchmarks/calibration.py`; ratios are to plain inference of "
-            "the same batches in its faster arrangement, median of the rounds (lowest to highest).\n"
+            f"{os.getloadavg()[0]:.1f}. Made by `python benchmarks/calibration.py --rounds {options.rounds}`; ratios "
+            "are to plain inference of the same batches in its faster arrangement, median of the rounds (lowest to "
+            "highest).\n"
         )
         out.say("| model | variant | wall ms/batch | ratio | CPU ratio |\n|---|---|---|---|---|")
         notes = [measure(name, Path(folder), options.rounds, options.threads, out) for name in options.models]

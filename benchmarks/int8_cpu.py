@@ -156,7 +156,7 @@ def _head() -> list[str]:
 INTRODUCTION = """Speed-up against FP32 with its 95 % interval, all variants taking turns in one run of
 
 ```bash
-make bench-int8
+python benchmarks/int8_cpu.py --modelopt-python PYTHON   # one that has ModelOpt; without it: make bench-int8
 ```
 
 Q and DQ: QuantizeLinear and DequantizeLinear that are left after ONNX Runtime's optimizations. Float: convolutions and
