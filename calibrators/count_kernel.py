@@ -1,22 +1,21 @@
 """The loops that count magnitudes: they see every activation of every batch, and so decide how fast calibration is.
 
-A processor stores once a cycle, so that it cannot count more than one value a cycle; all other work has to be small
-beside that, values that need not be counted one by one are left out, and nothing may wait for memory. The values of an
-array are taken in blocks of 1024, which lie in the first-level cache while two things happen to them:
+A processor stores once a cycle, so that it cannot count more than one value a cycle; all other work has to fit beside
+that, values that need not be counted one by one are left out, and nothing may wait for memory. The values of an array
+are taken in blocks of 1024, which lie in the first-level cache while two things happen to them:
 
 - A pass over the bit patterns in vector lanes (`calibrators.lanes.sift`) finds the extremes, turns each value into its
   place in a window of bins, and writes the places of those that are not zero one after the other. Zeros, which are half
   of all values behind a ReLU, cost no more than that.
-- The count of each place is incremented.
+- The count of each place is incremented, in the pass over the block behind: vectors and stores take different parts of
+  the processor.
 
-These counts are 16 bits wide and the same ones for all tensors, so that those that matter, 20 kB, stay in the cache.
-The counters of a tensor would not: between two batches everything else has passed through the cache, and fetching them
-one by one, in the order of the values, takes longer than counting. So the counts are added to them at the end of the
-array, in vector lanes and in the order in which they lie in memory (`calibrators.lanes.pour`), or earlier where a count
-could overflow.
+Each tensor has counts of 16 bits, of which those that matter, 20 kB, fit the first-level cache, as counters of 32 bits
+would not. Before one of them could overflow they are added to the counters, in vector lanes (`calibrators.lanes.pour`);
+that is seldom, as it takes 32768 values in one bin.
 
-The window has 65536 bins: 64 octaves, up to four above the tensor's largest magnitude so far. Lower and higher values
-get its last place. Where that was incremented, the block is taken back and counted value by value.
+The window has 65536 bins: 64 octaves, four of them above the tensor's largest magnitude so far. Where a value lies
+outside, its block is counted value by value.
 
 All tensors that are in the cache together are counted in one call, since calls from Python cost as much as counting
 thousands of values.
@@ -32,22 +31,23 @@ from numpy.typing import NDArray
 
 from calibrators.compiled import njit
 from calibrators.histogram import BINS, BINS_PER_OCTAVE, FINITE_BINS, SHIFT
-from calibrators.lanes import EXTREMES, LANES, LAST_PLACE, STEP, pointer, pour, sift
+from calibrators.lanes import EXTREMES, LANES, STEP, UNIT, WINDOW, pointer, pour, sift
 
-RECORD = 4 + EXTREMES // 2
-"""Size of a tensor's record, int64: the address of its counters or 0, values, zeros, non-finite ones; its extremes."""
+RECORD = 7 + EXTREMES // 2
+"""Size of a tensor's record, int64; the last part are its extremes."""
 
-COUNTERS, COUNTED, ZEROS, NONFINITE, EXTREMES_AT = range(5)
-"""What stands where in a record."""
-
-WINDOW = LAST_PLACE + 1
-"""Number of places."""
+COUNTERS, COUNTED, ZEROS, NONFINITE, COUNTS, FIRST, ROOM, EXTREMES_AT = range(8)
+"""What stands where in a record: the address of the counters or 0; how many values there were, and of them zeros and
+non-finite ones; the address of the counts, the bin of their first place, and how many values may be counted before one
+of them could overflow; the extremes."""
 
 _BLOCK = 1024
-_PORTION = LAST_PLACE // _BLOCK * _BLOCK
-"""How many values are counted at most before the counts are added to the counters: none of 16 bits overflows."""
+_SIDE = _BLOCK + LANES
+"""Room for the places of a block."""
 
-_UNROLLED = 16
+_MOST = 2**16 - 1
+"""What a count holds."""
+
 _HEADROOM = 4
 """Octaves of the window above the largest magnitude so far."""
 
@@ -63,6 +63,8 @@ _ALL_BITS = np.uint32(0xFFFFFFFF)
 _ZERO = np.uint32(0)
 _ONE = np.uint32(1)
 _COUNT = np.uint16(1)
+_NO_COUNT = np.uint16(0)
+_HALF = np.uint16(2**15 - 1)
 _INFINITY = np.uint32(0x7F800000)
 _SIGNED_INFINITY = np.int32(0x7F800000)
 
@@ -76,7 +78,6 @@ def count_tensors(
     records: NDArray[np.int64],
     first: int,
     capacity: int,
-    window: NDArray[np.uint16],
 ) -> tuple[int, int]:
     """Count arrays, until the counters of one are full.
 
@@ -86,14 +87,12 @@ def count_tensors(
         records: addresses of the records of their counters.
         first: index of the first array to count.
         capacity: how many values counters hold.
-        window: (WINDOW,), all zero before and after; of the calling thread alone.
 
     Returns:
         The index of the array whose counters have no room for it, or the number of arrays; and how many of the values
         counted are NaN or infinite.
     """
-    places = np.empty(_BLOCK + LANES, dtype=np.uint16)
-    extremes = np.empty(2 * EXTREMES, dtype=np.uint32)
+    places = np.empty(2 * _SIDE, dtype=np.uint16)
     nonfinite = 0
     for k in range(first, sizes.size):
         record = carray(pointer(records[k]), RECORD, np.int64)
@@ -102,8 +101,7 @@ def count_tensors(
         bits = carray(pointer(values[k]), sizes[k], np.uint32)
         nonfinite -= record[NONFINITE]
         if record[COUNTERS]:
-            for start in range(0, bits.size, _PORTION):
-                _count_portion(bits[start : start + _PORTION], record, window, places, extremes)
+            _count(bits, record, places)
         else:
             _find_range(bits, record)
         nonfinite += record[NONFINITE]
@@ -112,54 +110,85 @@ def count_tensors(
 
 
 @njit
-def _count_portion(
-    bits: NDArray[np.uint32],
-    record: NDArray[np.int64],
-    window: NDArray[np.uint16],
-    places: NDArray[np.uint16],
-    room: NDArray[np.uint32],
-) -> None:
+def _count(bits: NDArray[np.uint32], record: NDArray[np.int64], places: NDArray[np.uint16]) -> None:
     """Count values.
 
     Args:
         bits: (n,), the float32 patterns of the values.
         record: of their counters.
-        window: (WINDOW,), all zero before and after.
-        places: room for those of a block.
-        room: for extremes, twice.
+        places: room for those of two blocks.
     """
     first = _first_bin(record)
-    extremes = room[:EXTREMES]
-    before = room[EXTREMES:]
-    forget(extremes)
+    if first != record[FIRST]:
+        settle(record)
+        record[FIRST] = first
+    window = carray(pointer(record[COUNTS]), WINDOW, np.uint16)
+    extremes = _extremes_of(record)
+    room = record[ROOM]
     whole = bits.size - bits.size % STEP
+    side = waiting = 0
     for start in range(0, whole, _BLOCK):
         size = min(_BLOCK, whole - start)
-        before[:] = extremes
-        kept = sift(bits, start, size, _LITERAL_SHIFT, first, places, extremes)
-        # Slices: numba would look whether each index is negative.
-        full = places[: kept - kept % _UNROLLED]
-        for i in range(0, full.size, _UNROLLED):
-            for j in range(_UNROLLED):
-                window[full[i + j]] += _COUNT
-        rest = places[full.size : kept]
-        for i in range(rest.size):
-            window[rest[i]] += _COUNT
-        if window[LAST_PLACE] == 0:
+        if room < size:
+            room = _make_room(record, window) - waiting
+        rate = waiting // (size // STEP) // UNIT * UNIT
+        earlier = places[side : side + _SIDE]
+        side = _SIDE - side
+        these = places[side : side + _SIDE]
+        kept = sift(bits, start, size, _LITERAL_SHIFT, first, these, extremes, window, earlier, rate)
+        _increment(window, earlier[rate * (size // STEP) : waiting])
+        if kept >= 0:
             record[ZEROS] += size - kept
+            waiting = kept
+            room -= kept
         else:
-            for i in range(kept):
-                window[places[i]] -= _COUNT
-            extremes[:] = before
+            waiting = 0
             _count_each(bits[start : start + size], record)
+    _increment(window, places[side : side + waiting])
+    record[ROOM] = room
     _count_each(bits[whole:], record)
-    lowest, highest = _magnitudes(extremes)
-    if highest:
-        low = (int(lowest >> _SHIFT) - first) // STEP * STEP
-        end = (int(highest >> _SHIFT) - first) // STEP * STEP + STEP
-        counters = carray(pointer(record[COUNTERS] + 4 * first), WINDOW, np.uint32)
+
+
+@njit
+def _increment(window: NDArray[np.uint16], places: NDArray[np.uint16]) -> None:
+    for i in range(places.size):
+        window[places[i]] += _COUNT
+
+
+@njit
+def _places(record: NDArray[np.int64]) -> tuple[int, int]:
+    """Return between which places, multiples of STEP, all counts lie that are not zero."""
+    lowest, highest = _magnitudes(_extremes_of(record))
+    if highest == _ZERO:
+        return 0, 0
+    low = (int(lowest >> _SHIFT) - record[FIRST]) // STEP * STEP
+    end = (int(highest >> _SHIFT) - record[FIRST]) // STEP * STEP + STEP
+    return max(low, 0), min(end, WINDOW)
+
+
+@njit
+def _make_room(record: NDArray[np.int64], window: NDArray[np.uint16]) -> int:
+    """Return how many values may be counted before a count could overflow; add them to the counters if few."""
+    low, end = _places(record)
+    highest = _NO_COUNT
+    counts = window[low:end]
+    for i in range(counts.size):
+        highest = max(highest, counts[i])
+    if highest <= _HALF:
+        return _MOST - int(highest)
+    settle(record)
+    return _MOST
+
+
+@njit
+def settle(record: NDArray[np.int64]) -> None:
+    """Add the counts to the counters, and make them zero."""
+    low, end = _places(record)
+    if end > low:
+        window = carray(pointer(record[COUNTS]), WINDOW, np.uint16)
+        counters = carray(pointer(record[COUNTERS] + 4 * record[FIRST]), WINDOW, np.uint32)
         pour(window, low, end - low, counters)
-        _extend(_extremes_of(record), extremes)
+    record[ROOM] = _MOST
 
 
 @njit

@@ -28,7 +28,14 @@ EXTREMES = 3 * LANES
 """Size of the array in which extremes are kept, 16 lanes each: the largest pattern read as a signed number, the largest
 read as an unsigned one, and the smallest magnitude that is not zero, less one."""
 
-LAST_PLACE = 2**16 - 1
+WINDOW = 2**16
+"""Number of places."""
+
+UNIT = 4
+"""`sift` counts a multiple of it at a time."""
+
+_NONE = (0x80000000, 0, 0xFFFFFFFF)
+"""The extremes of no values."""
 
 Packing = Literal["compress", "shuffle", "store"]
 """How wanted values are moved together: AVX-512's compression of 16-bit lanes, SSSE3's shuffle of bytes, or LLVM's own
@@ -54,7 +61,17 @@ pointer = cast(Callable[[int], Any], intrinsic(_address))
 
 
 def _sift(
-    typing_context: Any, values: Any, start: Any, size: Any, shift: Any, first: Any, places: Any, extremes: Any
+    typing_context: Any,
+    values: Any,
+    start: Any,
+    size: Any,
+    shift: Any,
+    first: Any,
+    places: Any,
+    extremes: Any,
+    counts: Any,
+    earlier: Any,
+    rate: Any,
 ) -> Any:
     if not isinstance(shift, types.IntegerLiteral):
         return None
@@ -64,15 +81,15 @@ def _sift(
             return _array_class(signature.args[index])(context, builder, arguments[index]).data
 
         source = builder.gep(data(0), [arguments[1]])
-        target, found = data(5), data(6)
-        states = [_vector_at(builder, found, _LONG(LANES * kind)) for kind in range(3)]
-        lowest = _repeated(builder, builder.trunc(arguments[4], _WORD))
+        target, found, counted, waiting = data(5), data(6), data(7), data(8)
+        lowest = builder.trunc(arguments[4], _WORD)
         packing = _packing(context)
         # Variables of the loop, which LLVM keeps in registers.
         end = _cgutils.alloca_once_value(builder, _LONG(0))
-        best = [_cgutils.alloca_once(builder, _words) for _ in states]
-        for variable, state in zip(best, states, strict=True):
-            builder.store(builder.load(state, align=4), variable)
+        done = _cgutils.alloca_once_value(builder, _LONG(0))
+        best = [_cgutils.alloca_once(builder, _words) for _ in _NONE]
+        for variable, nothing in zip(best, _NONE, strict=True):
+            builder.store(_all(nothing), variable)
         with _cgutils.for_range_slice(builder, _LONG(0), arguments[2], _LONG(STEP)) as (position, _):
             patterns, magnitudes = [], []
             for part in range(STEP // LANES):
@@ -82,45 +99,58 @@ def _sift(
                 patterns.append(pattern)
                 magnitude = builder.and_(pattern, _all(0x7FFFFFFF))
                 magnitudes.append(builder.sub(magnitude, _all(1)))  # that of a zero becomes the largest
-                # What lies below the first place wraps around, and gets the last one as what lies above it does.
-                place = builder.sub(builder.lshr(magnitude, _all(shift.literal_value)), lowest)
-                place = builder.trunc(_extreme(builder, "<", place, _all(LAST_PLACE)), _shorts)
+                place = builder.sub(builder.lshr(magnitude, _all(shift.literal_value)), _repeated(builder, lowest))
                 wanted = builder.icmp_unsigned("!=", magnitude, _all(0))
                 kept = builder.load(end)
-                _store_wanted(builder, packing, place, wanted, builder.gep(target, [kept]))
+                _store_wanted(builder, packing, builder.trunc(place, _shorts), wanted, builder.gep(target, [kept]))
                 number = builder.zext(builder.ctpop(builder.bitcast(wanted, _SHORT)), _LONG)
                 builder.store(builder.add(kept, number), end)
             kinds = ((patterns, ">", True), (patterns, ">", False), (magnitudes, "<", False))
             for variable, (vectors, compare, signed) in zip(best, kinds, strict=True):
                 both = _extreme(builder, compare, *vectors, signed=signed)
                 builder.store(_extreme(builder, compare, builder.load(variable), both, signed=signed), variable)
-        for variable, state in zip(best, states, strict=True):
-            builder.store(builder.load(variable), state, align=4)
-        return builder.load(end)
+            with _cgutils.for_range_slice(builder, _LONG(0), arguments[9], _LONG(UNIT)):
+                begin = builder.load(done)
+                for k in range(UNIT):
+                    place = builder.load(builder.gep(waiting, [builder.add(begin, _LONG(k))]))
+                    count = builder.gep(counted, [builder.zext(place, _LONG)])
+                    builder.store(builder.add(builder.load(count), _SHORT(1)), count)
+                builder.store(builder.add(begin, _LONG(UNIT)), done)
+        outside = _outside(builder, [builder.load(variable) for variable in best], lowest, shift.literal_value)
+        with builder.if_then(builder.not_(outside)):
+            for kind, (variable, (_, compare, signed)) in enumerate(zip(best, kinds, strict=True)):
+                state = _vector_at(builder, found, _LONG(LANES * kind))
+                both = _extreme(builder, compare, builder.load(state, align=4), builder.load(variable), signed=signed)
+                builder.store(both, state, align=4)
+        return builder.select(outside, _LONG(-1), builder.load(end))
 
     index = types.intp
-    return index(values, index, index, shift, index, places, extremes), generate
+    return index(values, index, index, shift, index, places, extremes, counts, earlier, index), generate
 
 
-sift = cast(
-    Callable[[NDArray[np.uint32], int, int, int, int, NDArray[np.uint16], NDArray[np.uint32]], int],
-    intrinsic(prefer_literal=True)(_sift),
-)
-"""Find the extremes of values, and write down the places of those that are not zero; in compiled loops only.
+sift = cast(Callable[..., int], intrinsic(prefer_literal=True)(_sift))
+"""Find the extremes of values, write down the places of those that are not zero, and count places of earlier values.
 
-    place = min((((pattern & 0x7FFFFFFF) >> shift) - first) mod 2**32, LAST_PLACE)
+    place = ((pattern & 0x7FFFFFFF) >> shift) - first
+
+To count is to store, once a cycle at best; what else is done here takes other parts of the processor, which would be
+idle in the meantime. In compiled loops only.
 
 Args:
-    values: float32 patterns.
+    values: float32 patterns, uint32.
     start: index of the first one.
     size: how many there are, a multiple of STEP.
     shift: a literal.
-    first: what place 0 stands for; what lies below it gets the last place.
-    places: where they are written, in the order of the values; up to LANES further entries are written to.
-    extremes: shape (EXTREMES,), those so far; brought up to date.
+    first: what place 0 stands for, from 0 to (0x7F800000 >> shift) - WINDOW.
+    places: where they are written, uint16, in the order of the values; up to LANES further entries are written to.
+    extremes: uint32, shape (EXTREMES,), those so far; brought up to date.
+    counts: uint16, shape (WINDOW,): those of `earlier` are incremented.
+    earlier: places, uint16.
+    rate: how many of them are counted for each STEP of values, a multiple of UNIT.
 
 Returns:
-    The number of places.
+    The number of places; -1 where a value has none, infinities and NaN among them. Then `places` holds nothing of use,
+    and the extremes are those before. The earlier places are counted in either case.
 """
 
 
@@ -177,6 +207,23 @@ def _vector_at(builder: Any, array: Any, index: Any) -> Any:
 
 def _all(value: int) -> Any:
     return ir.Constant(_words, [value] * LANES)
+
+
+def _outside(builder: Any, extremes: Any, lowest: Any, shift: int) -> Any:
+    """Tell whether a value lies outside of the window."""
+    signed, unsigned, least = extremes
+    low = builder.shl(lowest, _WORD(shift))
+    high = builder.add(low, _WORD(WINDOW << shift))
+    # The smallest magnitude is given less one, so that no value, and nothing but zeros, is the largest number.
+    is_zero = builder.icmp_unsigned("==", low, _WORD(0))
+    least_inside = builder.select(is_zero, low, builder.sub(low, _WORD(1)))
+    found = (
+        builder.icmp_signed(">=", signed, _repeated(builder, high)),
+        builder.icmp_unsigned(">=", unsigned, _repeated(builder, builder.or_(high, _WORD(0x80000000)))),
+        builder.icmp_unsigned("<", least, _repeated(builder, least_inside)),
+    )
+    lanes = builder.or_(builder.or_(found[0], found[1]), found[2])
+    return builder.icmp_unsigned("!=", builder.bitcast(lanes, _SHORT), _SHORT(0))
 
 
 def _repeated(builder: Any, value: Any) -> Any:

@@ -193,6 +193,20 @@ def test_a_long_run_of_one_value(value: float) -> None:
     assert histogram_of(np.append(values, np.float32(2.0))).count == 200_001
 
 
+@pytest.mark.parametrize("size", [1000, 30_000, 65_536])
+def test_a_long_run_in_many_updates(size: int) -> None:
+    """What 16 bits do not hold comes in small pieces, between others; each histogram on the way has all so far."""
+    growing = MagnitudeCounter()
+    batch = np.full(size, 3.0, np.float32)
+    batch[::1000] = 5.0
+    rare = -(-size // 1000)
+
+    for number in range(1, 71):
+        growing.update(batch)
+        if number in (1, 34, 35, 70):
+            assert growing.histogram().counts.tolist() == [number * (size - rare), number * rare]
+
+
 def test_values_that_no_window_holds() -> None:
     """Twenty octaves are a window; here every octave of float32 has values, in any order."""
     exponents = np.random.default_rng(5).permutation(np.repeat(np.arange(-140, 128), 300))

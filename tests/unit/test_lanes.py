@@ -1,4 +1,4 @@
-"""Sifting and pouring: places, extremes, the values left out, and counts, in each way that a processor may have."""
+"""Sifting and pouring: places, extremes, values left out or outside, and counts, in each way a processor may have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numba.core.registry import cpu_target
 
 from calibrators import lanes
-from calibrators.lanes import LANES, LAST_PLACE, STEP, Packing, pour, sift
+from calibrators.lanes import LANES, STEP, UNIT, WINDOW, Packing, pour, sift
 
 FIRST = 1000
 NOTHING = np.repeat(np.array([0x80000000, 0, 0xFFFFFFFF], np.uint32), LANES)
@@ -29,10 +29,10 @@ def sifted(request: pytest.FixtureRequest) -> Any:
     patch.setattr(lanes, "_packing", lambda _: request.param)
 
     @numba.njit
-    def loop(values: Any, places: Any, extremes: Any) -> int:
-        return sift(values, 0, values.size, 13, FIRST, places, extremes)
+    def loop(values: Any, places: Any, extremes: Any, first: Any, counts: Any, earlier: Any, rate: int) -> int:
+        return sift(values, 0, values.size, 13, first, places, extremes, counts, earlier, rate)
 
-    loop(np.zeros(STEP, np.uint32), np.zeros(2 * STEP, np.uint16), NOTHING.copy())
+    sift_alone(loop, np.zeros(STEP, np.uint32))
     yield loop
     patch.undo()
 
@@ -46,43 +46,97 @@ def test_the_ways_are_different_ones(sifted: Any, request: pytest.FixtureRequest
     ]
 
 
+def sift_alone(sifted: Any, values: np.ndarray, first: int = FIRST) -> tuple[int, np.ndarray, np.ndarray]:
+    """Sift without counting; return the number of places, the places, and the extremes."""
+    places, extremes = np.zeros(values.size + LANES, np.uint16), NOTHING.copy()
+    counts = np.zeros(WINDOW, np.uint16)
+    kept = sifted(values, places, extremes, first, counts, places[:0], 0)
+    assert not counts.any()
+    return kept, places[: max(kept, 0)], extremes
+
+
 def test_places_by_hand(sifted: Any) -> None:
     """1.0 lies in bin 130048 of 2**13 patterns each, 2.0 is 1024 bins on; zeros of both signs are left out."""
     values = np.zeros(STEP, np.float32)
-    values[[3, 20, 21, 31]] = [1.0, -2.0, -0.0, np.float32(2.0**-120)]
-    places, extremes = np.zeros(STEP + LANES, np.uint16), NOTHING.copy()
+    values[[3, 20, 21, 31]] = [1.0, -2.0, -0.0, 1.5]
 
-    kept = sifted(values.view(np.uint32), places, extremes)
+    kept, places, extremes = sift_alone(sifted, values.view(np.uint32), 130_000)
 
-    bins = np.array([127 * 1024, 128 * 1024, 7 * 1024])
-    assert places[:kept].tolist() == [LAST_PLACE, LAST_PLACE, *(bins[2:] - FIRST)]
+    assert (kept, places.tolist()) == (3, [48, 48 + 1024, 48 + 512])
     signed, unsigned, least = extremes.reshape(3, LANES)
-    assert signed.view(np.int32).max().view(np.float32) == 1
+    assert signed.view(np.int32).max().view(np.float32) == 1.5
     assert unsigned.max().view(np.float32) == -2
-    assert (least.min() + np.uint32(1)).view(np.float32) == np.float32(2.0**-120)
+    assert (least.min() + np.uint32(1)).view(np.float32) == 1
 
 
 @settings(deadline=None, max_examples=60)
-@given(steps=st.integers(1, 4), share=st.sampled_from([0.0, 0.3, 0.9, 1.0]), seed=st.integers(0, 2**32 - 1))
-def test_places_and_extremes(sifted: Any, steps: int, share: float, seed: int) -> None:
-    """Any bit patterns, any share of zeros of either sign: the places of the others in order, the last outside."""
+@given(
+    steps=st.integers(1, 4),
+    share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    first=st.sampled_from([0, 1, FIRST, (0x7F800000 >> 13) - WINDOW]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_places_and_extremes(sifted: Any, steps: int, share: float, first: int, seed: int) -> None:
+    """Values anywhere in the window, of either sign, any share of zeros: the places of the others in order."""
     rng = np.random.default_rng(seed)
-    values = rng.integers(0, 2**32, steps * STEP, dtype=np.uint32)
-    near = rng.random(values.size) < 0.5
-    values[near] = (rng.integers(990, 67_000, np.count_nonzero(near)) << 13) | 5  # about the ends of the places
+    ends = (max(first << 13, 1), ((first + WINDOW) << 13) - 1)
+    values = rng.integers(*ends, steps * STEP, dtype=np.uint32, endpoint=True)
+    values[rng.random(values.size) < 0.1] = rng.choice(np.array(ends, np.uint32))
+    values |= rng.choice(np.array([0, 0x80000000], np.uint32), values.size)
     values[rng.random(values.size) < share] = rng.choice(np.array([0, 0x80000000], np.uint32))
-    places, extremes = np.zeros(values.size + LANES, np.uint16), NOTHING.copy()
 
-    kept = sifted(values, places, extremes)
+    kept, places, extremes = sift_alone(sifted, values, first)
 
     magnitudes = values & 0x7FFFFFFF
-    wanted = (magnitudes[magnitudes != 0] >> 13).astype(np.int64) - FIRST
-    assert kept == wanted.size
-    np.testing.assert_array_equal(places[:kept], np.where((wanted >= 0) & (wanted < 65535), wanted, 65535))
+    np.testing.assert_array_equal(places, (magnitudes[magnitudes != 0] >> 13).astype(np.int64) - first)
+    assert kept == places.size
     signed, unsigned, least = extremes.reshape(3, LANES)
     assert signed.view(np.int32).max() == values.view(np.int32).max()
     assert unsigned.max() == values.max()
     assert least.min() == (magnitudes - np.uint32(1)).min()
+
+
+@pytest.mark.parametrize("at", [0, LANES, STEP + 7, 2 * STEP - 1])
+@pytest.mark.parametrize("sign", [0, 0x80000000])
+@pytest.mark.parametrize(
+    ("first", "pattern"),
+    [
+        (FIRST, (FIRST << 13) - 1),
+        (FIRST, 1),
+        (FIRST, (FIRST + WINDOW) << 13),
+        (FIRST, 0x7F800000),
+        (0, WINDOW << 13),
+        ((0x7F800000 >> 13) - WINDOW, 0x7F800000),
+        ((0x7F800000 >> 13) - WINDOW, 0x7FC00000),
+        (0, 0x7FFFFFFF),
+    ],
+)
+def test_one_value_outside_is_told(sifted: Any, first: int, pattern: int, sign: int, at: int) -> None:
+    """Below, above, infinite or NaN, of either sign, anywhere: there are no places, and the extremes do not change."""
+    values = np.full(2 * STEP, (first + 5) << 13, np.uint32)
+    assert sift_alone(sifted, values, first)[0] == 2 * STEP
+    values[at] = pattern | sign
+
+    kept, _, extremes = sift_alone(sifted, values, first)
+
+    assert kept == -1
+    np.testing.assert_array_equal(extremes, NOTHING)
+
+
+@settings(deadline=None, max_examples=40)
+@given(steps=st.integers(1, 5), units=st.integers(0, 9), outside=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_earlier_places_are_counted(sifted: Any, steps: int, units: int, outside: bool, seed: int) -> None:
+    """As many as are asked for, those that come several times too, whatever becomes of the values."""
+    rng = np.random.default_rng(seed)
+    earlier = rng.choice(rng.integers(0, WINDOW, 20), steps * units * UNIT + 3).astype(np.uint16)
+    values = np.full(steps * STEP, 1 if outside else (FIRST + 9) << 13, np.uint32)
+    counts = rng.integers(0, 100, WINDOW).astype(np.uint16)
+    expected = counts + np.bincount(earlier[:-3], minlength=WINDOW)
+    places = np.zeros(values.size + LANES, np.uint16)
+
+    sifted(values, places, NOTHING.copy(), FIRST, counts, earlier, units * UNIT)
+
+    np.testing.assert_array_equal(counts, expected)
 
 
 @settings(deadline=None, max_examples=60)
