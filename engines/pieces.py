@@ -31,7 +31,7 @@ BLOCKED_DOMAIN = "com.microsoft.nchwc"
 """Of the operators of ONNX Runtime that compute in blocks of channels."""
 
 PIECE_BYTES = 2 * 2**20
-"""What a piece hands out, about: it fits a core's share of the last cache together with the weights."""
+"""What a piece hands out and its weights, about: they stay in a core's share of the caches."""
 
 _UNKNOWN_BYTES = PIECE_BYTES // 8
 """What a tensor counts for whose shape the graph does not tell."""
@@ -147,20 +147,21 @@ def _cut(
 ) -> list[list[onnx.NodeProto]]:
     """Share the nodes out, in order.
 
-    A part hands out from half of what a piece should to four times that, and ends where least is carried on.
+    A part takes from half of what a piece should to four times that, and ends where least is carried on.
     """
     nodes = list(graph.node)
     if any(attribute.HasField("g") or attribute.graphs for node in nodes for attribute in node.attribute):
         return [nodes]  # what nested graphs read is not among the inputs of their node
     live = _live_bytes(nodes, sizes)
     handed_out = [sum(sizes.get(name, _UNKNOWN_BYTES) for name in node.output if name in wanted) for node in nodes]
+    loaded = _loaded_bytes(graph)
     last = max((k for k, size in enumerate(handed_out) if size), default=0)
     parts: list[list[onnx.NodeProto]] = []
     start = 0
     while start < len(nodes):
         end, size, best = start, 0, len(nodes)
         while end < last and size < 4 * PIECE_BYTES:
-            size += handed_out[end]
+            size += handed_out[end] + loaded[end]
             end += 1
             if size >= PIECE_BYTES // 2 and (best == len(nodes) or live[end] < live[best]):
                 best = end
@@ -171,6 +172,16 @@ def _cut(
         name for k, part in enumerate(parts) for node in part for name in node.input if made_in.get(name, k) != k
     }
     return parts if crossing <= types.keys() else [nodes]
+
+
+def _loaded_bytes(graph: onnx.GraphProto) -> list[int]:
+    """Return for each node the bytes of the weights that no node before it reads."""
+    left = {weight.name: _weight_bytes(weight) for weight in graph.initializer}
+    return [sum(left.pop(name, 0) for name in node.input) for node in graph.node]
+
+
+def _weight_bytes(weight: onnx.TensorProto) -> int:
+    return int(math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
 
 
 def _live_bytes(nodes: Sequence[onnx.NodeProto], sizes: Mapping[str, int]) -> list[int]:

@@ -68,6 +68,26 @@ def test_pieces_have_the_bits_of_the_whole(deep: PreparedModel, size: int, monke
         np.testing.assert_array_equal(np.asarray(found[name]).ravel(), np.asarray(values).ravel(), err_msg=name)
 
 
+def test_weights_make_a_piece(graph_builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four weights of 4 kB behind outputs of 128 bytes: pieces that take half of 4 kB at least are those four."""
+    graph = graph_builder()
+    x = graph.input(shape=(1, 32))
+    for k in range(4):
+        x = graph.gemm(x, (32, 32), f"g{k}")
+    prepared = prepare(graph.save(tmp_path / "chain.onnx", [x]))
+    names = tensors_to_calibrate(prepared, "all")
+    cut(monkeypatch, 4096)
+
+    source = OnnxRuntimeActivations(prepared, names, [])
+
+    assert [[name for name in piece.outputs if name in names] for piece in source._pieces] == [
+        ["g0"],
+        ["g1"],
+        ["g2"],
+        ["g3"],
+    ]
+
+
 def test_batches_of_a_group_take_turns(deep: PreparedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece runs on all of them, and each tensor of each batch comes once, with the values of a single run.
 
