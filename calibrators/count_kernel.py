@@ -51,6 +51,9 @@ _MOST = 2**16 - 1
 _HEADROOM = 4
 """Octaves of the window above the largest magnitude so far."""
 
+_OCTAVES = 32
+"""Octaves below the largest magnitude in which there are values after some 2**30 of them."""
+
 _USUAL_EXPONENT = 137
 """Of 2**10: the largest magnitude that is reckoned with where nothing has been counted."""
 
@@ -119,10 +122,11 @@ def _count(bits: NDArray[np.uint32], record: NDArray[np.int64], places: NDArray[
         places: room for those of two blocks.
     """
     first = _first_bin(record)
+    window = carray(pointer(record[COUNTS]), WINDOW, np.uint16)
     if first != record[FIRST]:
         settle(record)
         record[FIRST] = first
-    window = carray(pointer(record[COUNTS]), WINDOW, np.uint16)
+        _take_memory(record, window)
     extremes = _extremes_of(record)
     room = record[ROOM]
     whole = bits.size - bits.size % STEP
@@ -189,6 +193,20 @@ def settle(record: NDArray[np.int64]) -> None:
         counters = carray(pointer(record[COUNTERS] + 4 * record[FIRST]), WINDOW, np.uint32)
         pour(window, low, end - low, counters)
     record[ROOM] = _MOST
+
+
+@njit
+def _take_memory(record: NDArray[np.int64], window: NDArray[np.uint16]) -> None:
+    """Write to the memory of the octaves below the largest magnitude, while all counts are zero.
+
+    The operating system provides memory where it is written to, and small magnitudes are rare: each time the number of
+    values doubles, there are some in one octave more. What a long calibration needs it takes at its beginning.
+    """
+    counters = carray(pointer(record[COUNTERS] + 4 * record[FIRST]), WINDOW, np.uint32)
+    end = _places(record)[1]
+    for place in range(max(0, end - _OCTAVES * BINS_PER_OCTAVE), end, BINS_PER_OCTAVE):
+        counters[place] += window[place]
+        window[place] = _NO_COUNT
 
 
 @njit

@@ -31,6 +31,10 @@ CAPACITY = 2**32 - 1
 """How many values may be counted before the counters must be emptied: no counter of 32 bits can overflow by then."""
 
 
+MOST_COUNTER_BYTES = 4 * BINS + 2 * WINDOW
+"""What the counters of a tensor take at most."""
+
+
 class RangeCounter:
     """Keeps the range of one tensor, batch by batch."""
 

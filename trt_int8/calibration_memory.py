@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calibrators.histogram import BINS
+from calibrators.counter import MOST_COUNTER_BYTES
 from engines.activations import CARRIED_BYTES
 from engines.graph import PreparedModel
 from engines.histogram_kernel import COUNTER_BYTES
 from engines.memory import activation_bytes, split_tensors, weight_bytes
 
-_COUNTERS_BYTES = 4 * BINS
 _CODE_BYTES = 200 * 2**20
 """What the libraries that prepare graphs and compile loops take, where plain inference loads ONNX Runtime alone."""
 
@@ -43,7 +42,7 @@ class MemoryPlan:
             histograms: whether they are kept, and not ranges alone.
         """
         carried = max(CARRIED_BYTES, self.exposed)
-        counters = self.workers * _COUNTERS_BYTES * self._most_tensors if histograms else 0
+        counters = self.workers * MOST_COUNTER_BYTES * self._most_tensors if histograms else 0
         total = _CODE_BYTES + self.weights + self.workers * (self.exposed + carried) + counters
         return (
             f"at most {total / _MIB:.0f} MiB above plain inference: {_CODE_BYTES / _MIB:.0f} of code + "

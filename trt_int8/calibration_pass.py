@@ -196,7 +196,7 @@ class CalibrationPass:
         position = self._reviews.pop(self._skipped() + statistics.batches)
         state = self._state(statistics, position)
         if is_point(position.batches, self._total):
-            self._history = extended(self._history, position.batches, _scales(state))
+            self._history = extended(self._history, position.batches, state.all_scales())
             if self._settled(position.batches):
                 self._stopped = position
                 return True
@@ -245,7 +245,7 @@ class CalibrationPass:
         """Return the state with the last point of its history."""
         batches = state.fingerprint.batches
         if last_point(self._history) != batches:
-            self._history = extended(self._history, batches, _scales(state))
+            self._history = extended(self._history, batches, state.all_scales())
         return state.annotated(convergence=trimmed(self._history))
 
 
@@ -286,7 +286,3 @@ def check_skipped(batches: Iterator[DataBatch], earlier: Calibration, track: Tra
             f"{last.rolling_hash[:16]}, expected {earlier.fingerprint.data[0][:16]}). The data have changed; leave "
             "--resume out to start anew."
         )
-
-
-def _scales(state: Calibration) -> dict[str, dict[str, float]]:
-    return {method: state.scales(method) for method in state.searches}

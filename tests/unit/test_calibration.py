@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators import calibration as calibration_module
-from calibrators.calibration import METHODS, Calibration, Fingerprint
+from calibrators.calibration import METHODS, SEARCHES, Calibration, Fingerprint
 from calibrators.counter import histogram_of
 from calibrators.entropy import entropy_amax
 from calibrators.errors import CacheFormatError, CalibrationError, FileAccessError
@@ -85,6 +85,14 @@ def test_scales_are_amax_over_127(method: str) -> None:
     assert list(scales) == ["z/conv:0", "relu", "dead"]
     assert scales["relu"] == np.float32(amax["relu"] / 127)
     assert (amax["dead"], scales["dead"]) == (0.0, 1.0)
+
+
+def test_scales_of_all_methods_are_those_of_each() -> None:
+    """Searched together, and kept: the same as when asked for one by one."""
+    calibration, alone = make_calibration(), make_calibration()
+
+    assert calibration.all_scales() == {method: alone.scales(method) for method in SEARCHES}
+    assert calibration.all_scales() == calibration.all_scales()
 
 
 def test_tensors_that_are_always_zero_are_named() -> None:

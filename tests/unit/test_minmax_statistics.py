@@ -36,6 +36,7 @@ def test_ranges_and_scales_are_those_of_histograms(tiny_model: Path, images: Any
         full.magnitude_range(name) for name in full.tensors
     ]
     assert found.scales("minmax") == full.scales("minmax")
+    assert found.all_scales() == {"minmax": full.scales("minmax")}
     assert dict(found.convergence) == {"minmax": full.convergence["minmax"]}
 
 
