@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Self
@@ -287,8 +287,8 @@ class Calibration:
         threads = len(os.sched_getaffinity(0))
         size = max(1, min(_TOGETHER, len(magnitudes) // (8 * threads)))
         parts = [magnitudes[start : start + size] for start in range(0, len(magnitudes), size)]
-        with ThreadPoolExecutor(threads) as pool:
-            found = {key: pool.map(partial(_each, search), parts) for key, search in missing.items()}
+        pool = _searchers(threads)
+        found = {key: pool.map(partial(_each, search), parts) for key, search in missing.items()}
         for key, thresholds in found.items():
             self._thresholds[key] = dict(zip(self._histograms, chain.from_iterable(thresholds), strict=True))
 
@@ -438,6 +438,15 @@ def _separate(
     histograms = {name: part for name, part in found.items() if isinstance(part, MagnitudeHistogram)}
     ranges = {name: part for name, part in found.items() if isinstance(part, MagnitudeRange)}
     return histograms, ranges
+
+
+@cache
+def _searchers(threads: int) -> ThreadPoolExecutor:
+    """Return the threads that search, always the same ones: each new thread may take memory that it does not return."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="search")
+
+
+os.register_at_fork(after_in_child=_searchers.cache_clear)  # a forked process has none of its parent's threads
 
 
 def _each(search: Callable[[Any], float], magnitudes: Sequence[Any]) -> list[float]:
