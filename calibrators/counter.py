@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,8 +88,9 @@ class MagnitudeCounter(RangeCounter):
     def __init__(self) -> None:
         super().__init__()
         self._earlier: MagnitudeHistogram | None = None
-        self._counters = np.zeros(BINS, dtype=np.uint32)
-        self._counts = np.zeros(WINDOW, dtype=np.uint16)
+        memory = _pages(MOST_COUNTER_BYTES)
+        self._counters = np.frombuffer(memory, np.uint32, BINS)
+        self._counts = np.frombuffer(memory, np.uint16, WINDOW, self._counters.nbytes)
         self._record[COUNTERS] = _address(self._counters)
         self._record[COUNTS] = _address(self._counts)
 
@@ -183,6 +186,18 @@ def _flat(array: NDArray[Any]) -> NDArray[np.float32]:
         return array.reshape(-1)
     with np.errstate(over="ignore"):
         return np.require(array, np.float32, ["C", "A"]).reshape(-1)
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Return memory of zeros, of which the operating system provides only the pages that are written to.
+
+    The C library would take memory that was freed before, where there is some, and write zeros to all of it.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages knows nothing of them
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 @njit
