@@ -202,6 +202,7 @@ def _take_memory(record: NDArray[np.int64], window: NDArray[np.uint16]) -> None:
     The operating system provides memory where it is written to, and small magnitudes are rare: each time the number of
     values doubles, there are some in one octave more. What a long calibration needs it takes at its beginning.
     """
+    # Read before zero is written to it, the count is not known to be zero: what adds nothing would be compiled away.
     counters = carray(pointer(record[COUNTERS] + 4 * record[FIRST]), WINDOW, np.uint32)
     end = _places(record)[1]
     for place in range(max(0, end - _OCTAVES * BINS_PER_OCTAVE), end, BINS_PER_OCTAVE):
@@ -261,24 +262,6 @@ def _find_range(bits: NDArray[np.uint32], record: NDArray[np.int64]) -> None:
 def _extremes_of(record: NDArray[np.int64]) -> NDArray[np.uint32]:
     extremes: NDArray[np.uint32] = record[EXTREMES_AT:].view(np.uint32)
     return extremes
-
-
-@njit
-def forget(extremes: NDArray[np.uint32]) -> None:
-    """Make extremes those of no values."""
-    for lane in range(LANES):
-        extremes[lane] = _SIGN
-        extremes[LANES + lane] = _ZERO
-        extremes[2 * LANES + lane] = _ALL_BITS
-
-
-@njit
-def _extend(total: NDArray[np.uint32], extremes: NDArray[np.uint32]) -> None:
-    """Take other values' extremes into `total`, lane by lane."""
-    for lane in range(LANES):
-        total[lane] = np.uint32(max(np.int32(total[lane]), np.int32(extremes[lane])))
-        total[LANES + lane] = max(total[LANES + lane], extremes[LANES + lane])
-        total[2 * LANES + lane] = min(total[2 * LANES + lane], extremes[2 * LANES + lane])
 
 
 @njit

@@ -21,17 +21,15 @@ from calibrators.count_kernel import (
     ZEROS,
     count_tensors,
     filled,
-    forget,
     settle,
     signed_extremes,
 )
 from calibrators.histogram import BINS, MagnitudeHistogram, bins_of
-from calibrators.lanes import WINDOW
+from calibrators.lanes import NO_EXTREMES, WINDOW
 from calibrators.magnitude_range import MagnitudeRange
 
 CAPACITY = 2**32 - 1
 """How many values may be counted before the counters must be emptied: no counter of 32 bits can overflow by then."""
-
 
 MOST_COUNTER_BYTES = 4 * BINS + 2 * WINDOW
 """What the counters of a tensor take at most."""
@@ -50,7 +48,7 @@ class RangeCounter:
 
     def _reset(self) -> None:
         self._record[COUNTED] = self._record[ZEROS] = self._record[NONFINITE] = 0
-        forget(self._extremes)
+        self._extremes[:] = NO_EXTREMES
 
     @property
     def nonfinite(self) -> int:

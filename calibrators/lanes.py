@@ -35,7 +35,10 @@ UNIT = 4
 """`sift` counts a multiple of it at a time."""
 
 _NONE = (0x80000000, 0, 0xFFFFFFFF)
-"""The extremes of no values."""
+"""The extremes of no values, each of one lane."""
+
+NO_EXTREMES = np.repeat(np.array(_NONE, dtype=np.uint32), LANES)
+"""The same of all lanes."""
 
 Packing = Literal["compress", "shuffle", "store"]
 """How wanted values are moved together: AVX-512's compression of 16-bit lanes, SSSE3's shuffle of bytes, or LLVM's own

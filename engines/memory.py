@@ -19,7 +19,20 @@ _SMALL_CONSTANT = 1024
 
 def weight_bytes(prepared: PreparedModel) -> int:
     """Return the size of the weights in memory."""
-    return sum(_bytes(weight.data_type, list(weight.dims)) or 0 for weight in prepared.proto.graph.initializer)
+    return sum(tensor_bytes(weight.data_type, weight.dims) or 0 for weight in prepared.proto.graph.initializer)
+
+
+def tensor_bytes(elem_type: int, shape: Sequence[int]) -> int | None:
+    """Return the size of a tensor in memory; None for strings.
+
+    Args:
+        elem_type: ONNX's number of its dtype.
+        shape: its lengths.
+    """
+    if elem_type == onnx.TensorProto.STRING:
+        return None
+    width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)).itemsize
+    return width * math.prod(shape)
 
 
 def activation_bytes(
@@ -36,7 +49,7 @@ def activation_bytes(
         Tensor to bytes; None where the graph does not tell, as for shapes that depend on values.
     """
     found = _shapes(prepared, shapes)
-    return {name: _bytes(*found[name]) if name in found else None for name in tensors}
+    return {name: tensor_bytes(*found[name]) if name in found else None for name in tensors}
 
 
 def inferred_shapes(prepared: PreparedModel, fed: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -115,10 +128,3 @@ def _known(value: onnx.ValueInfoProto) -> tuple[int, list[int]] | None:
     if not tensor.HasField("shape") or not all(axis.HasField("dim_value") for axis in tensor.shape.dim):
         return None
     return tensor.elem_type, [axis.dim_value for axis in tensor.shape.dim]
-
-
-def _bytes(elem_type: int, shape: Sequence[int]) -> int | None:
-    if elem_type == onnx.TensorProto.STRING:
-        return None
-    width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)).itemsize
-    return width * math.prod(shape)

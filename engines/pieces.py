@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import onnx
 from onnx import TensorProto, helper
 
+from engines.memory import tensor_bytes
 from engines.onnxrt import make_session
 
 if TYPE_CHECKING:
@@ -176,12 +177,8 @@ def _cut(
 
 def _loaded_bytes(graph: onnx.GraphProto) -> list[int]:
     """Return for each node the bytes of the weights that no node before it reads."""
-    left = {weight.name: _weight_bytes(weight) for weight in graph.initializer}
+    left = {weight.name: tensor_bytes(weight.data_type, weight.dims) or 0 for weight in graph.initializer}
     return [sum(left.pop(name, 0) for name in node.input) for node in graph.node]
-
-
-def _weight_bytes(weight: onnx.TensorProto) -> int:
-    return int(math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
 
 
 def _live_bytes(nodes: Sequence[onnx.NodeProto], sizes: Mapping[str, int]) -> list[int]:

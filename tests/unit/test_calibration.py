@@ -7,6 +7,8 @@ import functools
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,31 @@ def test_scales_of_all_methods_are_those_of_each() -> None:
 
     assert calibration.all_scales() == {method: alone.scales(method) for method in SEARCHES}
     assert calibration.all_scales() == calibration.all_scales()
+
+
+FORKED = """
+import os
+import numpy as np
+from calibrators.calibration import Calibration, Fingerprint
+from calibrators.counter import histogram_of
+
+def scales():
+    random = np.random.default_rng(0)
+    histograms = {f"x{k}": histogram_of(random.standard_normal(500)) for k in range(40)}
+    return Calibration(histograms, Fingerprint("", "", ("",), "", "", 1, 1)).all_scales()
+
+found = scales()
+child = os.fork()
+if child == 0:
+    os._exit(0 if scales() == found else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_searches_too() -> None:
+    """It has none of the threads that searched before; what waits for them would never end."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split() == ["0"]
 
 
 def test_tensors_that_are_always_zero_are_named() -> None:

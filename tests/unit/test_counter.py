@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -205,6 +208,33 @@ def test_a_long_run_in_many_updates(size: int) -> None:
         growing.update(batch)
         if number in (1, 34, 35, 70):
             assert growing.histogram().counts.tolist() == [number * (size - rare), number * rare]
+
+
+def pages_of(small: MagnitudeCounter) -> int:
+    """How many pages of its counters the operating system has provided: the upper bit of their entries is set."""
+    size = mmap.PAGESIZE
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(8 * (small._counters.ctypes.data // size))
+        entries = np.frombuffer(file.read(8 * (counter.MOST_COUNTER_BYTES // size)), np.uint64)
+    return int(np.count_nonzero(entries >> np.uint64(63)))
+
+
+def test_memory_is_taken_at_the_beginning() -> None:
+    """None by a new counter, even after others; then that of 32 octaves, so that small magnitudes need no more."""
+    for _ in range(3):
+        histogram_of(np.geomspace(1e-30, 1e30, 100_000))
+    growing = MagnitudeCounter()
+    assert pages_of(growing) == 0
+    for _ in range(2):
+        growing.update(np.ones(2048))
+    taken = pages_of(growing)
+
+    growing.update(np.ldexp(1.5, -np.arange(31)))
+    growing.update(np.ldexp(1.5, -np.arange(31).repeat(2048)))
+
+    assert 0 < taken <= 64
+    assert pages_of(growing) == taken
+    assert growing.histogram().bins.size == 32
 
 
 def test_values_that_no_window_holds() -> None:

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from numba.core.registry import cpu_target
 
 from calibrators import lanes
-from calibrators.lanes import LANES, STEP, UNIT, WINDOW, Packing, pour, sift
+from calibrators.lanes import LANES, NO_EXTREMES, STEP, UNIT, WINDOW, Packing, pour, sift
 
 FIRST = 1000
-NOTHING = np.repeat(np.array([0x80000000, 0, 0xFFFFFFFF], np.uint32), LANES)
 IN_THE_CODE = {"compress": "avx512.mask.compress", "shuffle": "pshuf.b", "store": "compressstore"}
 
 
@@ -48,7 +47,7 @@ def test_the_ways_are_different_ones(sifted: Any, request: pytest.FixtureRequest
 
 def sift_alone(sifted: Any, values: np.ndarray, first: int = FIRST) -> tuple[int, np.ndarray, np.ndarray]:
     """Sift without counting; return the number of places, the places, and the extremes."""
-    places, extremes = np.zeros(values.size + LANES, np.uint16), NOTHING.copy()
+    places, extremes = np.zeros(values.size + LANES, np.uint16), NO_EXTREMES.copy()
     counts = np.zeros(WINDOW, np.uint16)
     kept = sifted(values, places, extremes, first, counts, places[:0], 0)
     assert not counts.any()
@@ -120,7 +119,7 @@ def test_one_value_outside_is_told(sifted: Any, first: int, pattern: int, sign: 
     kept, _, extremes = sift_alone(sifted, values, first)
 
     assert kept == -1
-    np.testing.assert_array_equal(extremes, NOTHING)
+    np.testing.assert_array_equal(extremes, NO_EXTREMES)
 
 
 @settings(deadline=None, max_examples=40)
@@ -134,7 +133,7 @@ def test_earlier_places_are_counted(sifted: Any, steps: int, units: int, outside
     expected = counts + np.bincount(earlier[:-3], minlength=WINDOW)
     places = np.zeros(values.size + LANES, np.uint16)
 
-    sifted(values, places, NOTHING.copy(), FIRST, counts, earlier, units * UNIT)
+    sifted(values, places, NO_EXTREMES.copy(), FIRST, counts, earlier, units * UNIT)
 
     np.testing.assert_array_equal(counts, expected)
 
