@@ -15,6 +15,7 @@ from calibrators.errors import CalibrationError
 from calibrators.protocols import Activations, Array, CalibrationBatch
 from engines.blocked import Blocked, open_blocked_session, real_values
 from engines.errors import InferenceError
+from engines.garbage import give_back_memory
 from engines.graph import PreparedModel, exceeds_one_file, open_session
 from engines.onnxrt import check_feeds, tensor_specs
 from engines.outside_weights import outside_bytes
@@ -94,6 +95,7 @@ class OnnxRuntimeActivations:
         self._pieces = self._open(
             prepared, self.tensors if exposed is None else exposed, blocked=blocked and padded is None
         )
+        give_back_memory()
         self._outputs = {name: self._blocked[name].output if name in self._blocked else name for name in self._fetched}
         self._carried = 0
         self._specs: dict[Signature, dict[str, ArraySpec] | None] = {}
